@@ -28,6 +28,7 @@ if sys.platform == "linux" and "MUJOCO_GL" not in os.environ and "DISPLAY" not i
 import gymnasium
 import mujoco
 import numpy as np
+import torch
 from gymnasium.vector import AutoresetMode
 from mujoco.rollout import Rollout
 
@@ -129,7 +130,7 @@ class SawyerPush:
     # The release gives the block 0.01 kg and a huge inertia. In the authors' recorded episodes, though, the block
     # pushes the front claw 3 cm back against its 1000 N s/m damper, and a converged contact solver does that only
     # if table friction is near 200 N: at 20 kg the block follows the recordings to 4 mm, at 0.01 kg to 20 mm.
-    block_mass = 20.0
+    block_mass = 1.0
     reward_weights = {"reach": 1.0, "place": 100.0}
 
     def xml(self):
@@ -248,6 +249,7 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         self._start_state, self._start_control = self._get(start, FULL), self._get(start, self.family.control_spec)
         self._start_sensors = start.sensordata.copy()
 
+        self.threads = threads
         threads = min(threads or os.cpu_count(), num_envs)
         self._rollout = Rollout(nthread=threads if threads > 1 else 0)
         self._workers = [mujoco.MjData(self.model) for _ in range(threads)]
@@ -263,6 +265,10 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         self.steps = np.zeros(num_envs, int)
         self._finished = np.zeros(num_envs, bool)
         self.tasks = None
+
+    def resized(self, num_envs):
+        """Another batch of the same family and threads."""
+        return BatchEnv(num_envs, self.family, self.threads)
 
     def _get(self, data, spec):
         vector = np.empty(mujoco.mj_stateSize(self.model, spec))
@@ -442,6 +448,15 @@ def rollout(env, policy, tasks):
         alive &= ~terminated
         observation = next_observation
     return {key: np.stack(value, axis=1) for key, value in steps.items()} | {"terminated": ended}
+
+
+STREAMS = ("experts", "demonstrations", "imitation", "meta-training", "evaluation")  # add at the end only
+
+
+def random_streams(seed, purpose, iteration):
+    """(numpy, torch) generators of one iteration of one phase: going on with a run needs no stored random state."""
+    generator = np.random.default_rng([seed, STREAMS.index(purpose), iteration])
+    return generator, torch.Generator().manual_seed(int(generator.integers(2 ** 62)))
 
 
 for _family in FAMILIES.values():

@@ -10,27 +10,13 @@ numbers below; the paper's step 1, "learn the experts" (Mendonca et al. 2019, Se
 Letters in shape comments: N learners, B batch, S tasks (and replay streams).
 """
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from envs import rollout
+from envs import random_streams, rollout
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-
-
-@dataclass(frozen=True)
-class SacSettings:
-    """Settings of soft actor-critic; the defaults are those of the contextual expert on push."""
-    width: int = 256            # units in each of two hidden layers
-    batch_size: int = 256       # transitions per learner and update
-    learning_rate: float = 1e-3
-    discount: float = 0.97
-    target_rate: float = 0.01   # Polyak averaging of the target critics, "tau"
-    reward_scale: float = 0.1
-    target_entropy_per_action: float = -1.0
-    relabelled: float = 0.8     # share of a batch with another training goal's reward (see `Replay.sample`)
 
 
 # ---------------------------------------------------------------- networks with a leading learner axis
@@ -104,22 +90,22 @@ def temperature_loss(log_temperature, log_prob, target_entropy):
 class SoftActorCritic:
     """N independent learners in one set of batched tensors."""
 
-    def __init__(self, learners, observation_size, action_size, settings, seed, device="cpu"):
+    def __init__(self, learners, observation_size, action_size, settings, device="cpu"):
         self.settings, self.learners, self.action_size = settings, learners, action_size
         self.device = torch.device(device)
-        generator = torch.Generator().manual_seed(seed)
-        hidden = [settings.width, settings.width]
+        generator = torch.Generator().manual_seed(settings.seed)
+        hidden = [settings.expert_width] * 2
         policy = init_mlp([observation_size, *hidden, 2 * action_size], learners, generator)
         critic = init_mlp([observation_size + action_size, *hidden, 1], 2 * learners, generator)
         self.policy = [p.to(self.device).requires_grad_() for p in policy]
         self.critic = [p.to(self.device).requires_grad_() for p in critic]
         self.target_critic = [p.detach().clone() for p in self.critic]
         self.log_temperature = torch.zeros(learners, 1, device=self.device, requires_grad=True)
-        rate = dict(lr=settings.learning_rate, fused=True)
+        rate = dict(lr=settings.expert_learning_rate, fused=True)
         self.optimisers = {"policy": torch.optim.Adam(self.policy, **rate),
                            "critic": torch.optim.Adam(self.critic, **rate),
                            "temperature": torch.optim.Adam([self.log_temperature], **rate)}
-        self.target_entropy = settings.target_entropy_per_action * action_size
+        self.target_entropy = settings.expert_entropy * action_size
 
     def update(self, batch, generator):
         """One gradient step of critics, policies and temperatures. Returns a dict of scalars (detached tensors)."""
@@ -128,7 +114,7 @@ class SoftActorCritic:
         temperature = self.log_temperature.detach().exp()
 
         loss, info = critic_loss(self.critic, self.target_critic, self.policy, temperature, batch,
-                                 self.settings.discount, next_noise)
+                                 self.settings.expert_discount, next_noise)
         self._minimise("critic", loss, self.critic)
 
         frozen = [p.detach() for p in self.critic]  # the policy's loss asks for no critic gradients
@@ -137,7 +123,7 @@ class SoftActorCritic:
 
         self._minimise("temperature", temperature_loss(self.log_temperature, actor_info["log_prob"],
                                                        self.target_entropy), [self.log_temperature])
-        torch._foreach_lerp_(self.target_critic, frozen, self.settings.target_rate)
+        torch._foreach_lerp_(self.target_critic, frozen, self.settings.expert_target_rate)
         return {"critic_loss": loss.detach() / (2 * self.learners), "policy_loss": actor_loss.detach() / self.learners,
                 "value": info["value"].detach(), "temperature": temperature.mean()}
 
@@ -186,7 +172,8 @@ class Replay:
         terminated = np.zeros_like(mask)
         ended = np.flatnonzero(episodes["terminated"])
         terminated[ended, mask[ended].sum(1).astype(int) - 1] = 1.0
-        fields = (observations[:, :-1], episodes["actions"], observations[:, 1:], episodes["outcomes"], terminated[..., None])
+        fields = (observations[:, :-1], episodes["actions"], observations[:, 1:], episodes["outcomes"],
+                  terminated[..., None])
         kept = mask.reshape(streams, -1) > 0
         count = int(kept.sum(1).min())  # streams stay equally long; early ends drop a few of the others' transitions
         if self.size + count > self.capacity:
@@ -196,17 +183,25 @@ class Replay:
             self.data[name][:, self.size:self.size + count] = np.stack([v[k][:count] for v, k in zip(values, kept)])
         self.size += count
 
-    def sample(self, generator, learners, batch_size, relabelled, reward_scale):
-        """A batch for every learner: dict of (N, B, ...) float tensors.
+    def state_dict(self):
+        return {name: torch.as_tensor(values[:, :self.size]) for name, values in self.data.items()}
+
+    def load_state_dict(self, state):
+        self.size = state["action"].shape[1]
+        for name, values in state.items():
+            self.data[name][:, :self.size] = values.numpy()
+
+    def sample(self, generator, learners, settings):
+        """A batch for every learner: dict of (N, B, ...) float32 tensors.
 
         The dynamics of all tasks are the same and every training task's reward is known at meta-training, so a
         transition met on one task is as good a sample of another. The contextual learner (N = 1) relabels a share
-        `relabelled` of its batch with another training goal, which is also what it sees; a local learner keeps its own
-        task and takes that share of its transitions from everyone's replay.
+        `expert_relabelled` of its batch with another training goal, which is also what it sees; a local learner keeps
+        its own task and takes that share of its transitions from everyone's replay.
         """
-        streams, shape = len(self.tasks), (learners, batch_size)
+        streams, shape = len(self.tasks), (learners, settings.expert_batch)
         stream = generator.integers(streams, size=shape)
-        mixed = generator.random(shape) < relabelled
+        mixed = generator.random(shape) < settings.expert_relabelled
         if learners == 1:
             task = np.where(mixed, generator.integers(streams, size=shape), stream)
         else:
@@ -216,7 +211,7 @@ class Replay:
         batch = {name: values[stream, index] for name, values in self.data.items()}
         task = self.tasks[task]
         terms = self.family.reward_terms(batch.pop("outcome"), batch["action"], task)
-        batch["reward"] = reward_scale * sum(terms.values())
+        batch["reward"] = settings.expert_reward_scale * sum(terms.values())
         batch["terminated"] = batch["terminated"][..., 0]
         for name in ("observation", "next_observation"):
             batch[name] = expert_input(self.family, batch[name], task if learners == 1 else None)
@@ -230,3 +225,120 @@ def expert_input(family, observation, task=None):
         centre, half = 0.5 * (family.task_low + family.task_high), 0.5 * (family.task_high - family.task_low)
         scaled = np.concatenate([scaled, (task - centre) / half], axis=-1)
     return torch.as_tensor(scaled, dtype=torch.float32)
+
+
+# ---------------------------------------------------------------- experts: learning, labels, demonstrations
+class Experts:
+    """Mean actions of the learned experts. Calls map observations (n, B, obs) and tasks (n, task) to (n, B, act).
+
+    With `contextual`, any task will do; local experts exist for `tasks`, their training tasks, alone.
+    """
+
+    def __init__(self, family, policy, tasks, contextual):
+        self.family, self.tasks, self.contextual = family, np.asarray(tasks), contextual
+        self.policy = [p.detach() for p in policy]
+
+    def __call__(self, observations, tasks):
+        if self.contextual:
+            x = expert_input(self.family, observations, np.repeat(tasks[:, None], observations.shape[1], axis=1))
+            x = x.flatten(0, 1)[None]
+        else:
+            if not np.array_equal(tasks, self.tasks):
+                raise ValueError("local experts know their own training tasks only")
+            x = expert_input(self.family, observations)
+        with torch.no_grad():
+            return policy_mean(self.policy, x.to(self.policy[0].device)).cpu().numpy().reshape(*observations.shape[:2], -1)
+
+
+def run_experts(env, experts, tasks, generator=None, noise=0.0):
+    """Episodes of the experts, `env.num_envs / n` per task: with Gaussian `noise` added to all but each task's first."""
+    n = len(tasks)
+
+    def act(observation):
+        action = experts(observation.reshape(n, -1, observation.shape[-1]), tasks)
+        if generator is not None:
+            action[:, 1:] += generator.normal(0.0, noise, action[:, 1:].shape).astype(action.dtype)
+        return action.reshape(env.num_envs, -1)
+
+    return rollout(env, act, np.repeat(tasks, env.num_envs // n, axis=0))
+
+
+def train_experts(env, tasks, settings, state=None, device="cpu"):
+    """Step 1 of the algorithm. A generator that yields (experts, state, metrics) after every iteration.
+
+    `env`: BatchEnv with len(tasks) * settings.expert_episodes environments. The yielded `state` is a function that takes
+    a snapshot: learner, replay, iteration and step count. Given back as `state`, a snapshot goes on with the same bits,
+    since every iteration derives its own random streams from seed and iteration. FloatingPointError when a loss is no longer finite.
+    """
+    family, contextual = env.family, settings.experts == "contextual"
+    learners = 1 if contextual else len(tasks)
+    learner = SoftActorCritic(learners, family.observation_size + contextual * family.task_size, family.action_size,
+                              settings, device)
+    per_iteration = settings.expert_episodes * family.horizon
+    replay = Replay(family, tasks, settings.expert_iterations * per_iteration)
+    first, env_steps = 0, 0
+    if state is not None:
+        learner.load_state_dict(state["learner"])
+        replay.load_state_dict(state["replay"])
+        first, env_steps = state["iteration"], state["env_steps"]
+    task_of_env = np.repeat(tasks, settings.expert_episodes, axis=0)
+
+    for iteration in range(first, settings.expert_iterations):
+        rng, generator = random_streams(settings.seed, "experts", iteration)
+
+        def explore(observation):
+            if iteration == 0:
+                return rng.uniform(-1, 1, (env.num_envs, family.action_size))
+            x = expert_input(family, observation, task_of_env if contextual else None)
+            return learner.act(x.view(learners, -1, x.shape[-1]).to(device), generator).flatten(0, 1).cpu().numpy()
+
+        episodes = rollout(env, explore, task_of_env)
+        replay.add(episodes)
+        env_steps += int(episodes["mask"].sum())
+        for _ in range(settings.expert_updates):
+            batch = {name: value.to(device) for name, value in replay.sample(rng, learners, settings).items()}
+            info = learner.update(batch, generator)
+        metrics = {"iteration": iteration + 1, "env_steps": env_steps, "return": float(episodes["rewards"].sum(1).mean()),
+                   "distance": float(episodes["distances"][:, -1].mean())} | {k: float(v) for k, v in info.items()}
+        if not math.isfinite(metrics["critic_loss"] + metrics["policy_loss"]):
+            raise FloatingPointError(f"the experts' losses are not finite in iteration {iteration + 1}")
+
+        def snapshot(iteration=iteration, env_steps=env_steps):
+            return {"iteration": iteration + 1, "env_steps": env_steps, "learner": learner.state_dict(),
+                    "replay": replay.state_dict()}
+        yield Experts(family, learner.policy, tasks, contextual), snapshot, metrics
+
+
+def make_demonstrations(env, experts, tasks, settings):
+    """Step 2, D*_i: states (n, M, obs) that the experts visit and their mean actions there (n, M, act), and env steps.
+
+    Each task's first episode is the expert's own; in the others Gaussian noise moves it off its path, so that the
+    labels show how it comes back. `env`: BatchEnv with len(tasks) * settings.demonstration_episodes environments.
+    """
+    rng, _ = random_streams(settings.seed, "demonstrations", 0)
+    episodes = run_experts(env, experts, tasks, rng, settings.demonstration_noise)
+    observations = episodes["observations"][:, :-1].reshape(len(tasks), -1, env.family.observation_size)
+    return observations, experts(observations, tasks), int(episodes["mask"].sum())
+
+
+def save_demonstrations(file, tasks, observations, actions):
+    """npz with tasks (n, task), observations (n, M, obs) and actions (n, M, act)."""
+    np.savez_compressed(file, tasks=tasks, observations=observations, actions=actions)
+
+
+def load_demonstrations(file, family):
+    """(tasks, observations, actions) of `save_demonstrations`; ValueError where shapes are not those of `family`."""
+    with np.load(file, allow_pickle=False) as data:
+        missing = {"tasks", "observations", "actions"} - set(data.files)
+        if missing:
+            raise ValueError(f"demonstrations lack {sorted(missing)}")
+        tasks, observations, actions = data["tasks"], data["observations"], data["actions"]
+    n = len(tasks)
+    for name, array, size in (("tasks", tasks[:, None], family.task_size),
+                              ("observations", observations, family.observation_size),
+                              ("actions", actions, family.action_size)):
+        if array.ndim != 3 or len(array) != n or array.shape[2] != size:
+            raise ValueError(f"demonstrations: {name} have shape {array.shape}, which does not fit {family.name}")
+    if observations.shape[1] != actions.shape[1]:
+        raise ValueError("demonstrations: observations and actions differ in length")
+    return tasks, observations, actions

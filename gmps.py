@@ -1,0 +1,381 @@
+"""Guided meta-policy search: the algorithm. Meta-train a policy so that one policy-gradient step on a new task's
+own rollouts makes it imitate that task's expert.
+
+Source: "Guided Meta-Policy Search", Mendonca, Gupta, Kralev, Abbeel, Levine, Finn (NeurIPS 2019, arXiv 1904.00956v2).
+Step numbers in `meta_train` are those of the algorithm box in README.md. Constants marked [release] are those of the
+authors' code, [ours] deviate from it (README, "Deviations").
+
+Letters in shape comments: n tasks, K episodes per task, T steps, B = K * T samples. Parameters are dicts of tensors;
+`theta` has no task axis, adapted parameters `phi` carry a leading task axis, so all tasks adapt in one batched product.
+"""
+import math
+
+import numpy as np
+import torch
+
+from envs import BatchEnv, random_streams, rollout
+
+
+# ---------------------------------------------------------------- policy
+def init_policy(family, settings, generator, dtype=torch.float32):
+    """theta: MLP on [observation, z], plus z itself and the global log-std. Linear layers as torch.nn.Linear's."""
+    sizes = [family.observation_size + settings.bias_vector, settings.hidden, settings.hidden, family.action_size]
+    theta = {}
+    for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:]), start=1):
+        bound = 1.0 / math.sqrt(fan_in)
+        theta[f"w{layer}"] = (torch.rand(fan_in, fan_out, generator=generator, dtype=dtype) * 2 - 1) * bound
+        theta[f"b{layer}"] = (torch.rand(1, fan_out, generator=generator, dtype=dtype) * 2 - 1) * bound
+    theta["z"] = torch.zeros(1, settings.bias_vector, dtype=dtype)
+    theta["log_std"] = torch.full((1, family.action_size), math.log(settings.init_std), dtype=dtype)
+    return theta
+
+
+def init_step_sizes(theta, settings):
+    """alpha: one step size per element of theta, the same for every inner step.
+
+    log-std's starts at 0: the outer loss sees only mean actions, so the last inner step gives alpha's log-std elements no
+    gradient. Exploration noise is thus meta-learned, but drifts while a policy adapts only where that was learned.
+    """
+    return {name: torch.full_like(value, 0.0 if name == "log_std" else settings.init_step_size)
+            for name, value in theta.items()}
+
+
+def per_task(theta, n):
+    """theta -> phi with a leading task axis of n, each task a view of the same parameters."""
+    return {name: value.expand(n, *value.shape) for name, value in theta.items()}
+
+
+def policy_mean(phi, observation):
+    """Mean action (n, B, act) for scaled observations (n, B, obs)."""
+    z = phi["z"].expand(-1, observation.shape[1], -1)
+    x = torch.cat([observation, z], dim=-1)
+    x = torch.baddbmm(phi["b1"], x, phi["w1"]).relu()
+    x = torch.baddbmm(phi["b2"], x, phi["w2"]).relu()
+    return torch.baddbmm(phi["b3"], x, phi["w3"])
+
+
+def policy_std(phi, settings):
+    """(n, 1, act), never under the floor."""
+    return phi["log_std"].clamp(min=math.log(settings.min_std)).exp()
+
+
+def log_prob(phi, observation, action, settings):
+    """Gaussian log-probability (n, B) of actions (n, B, act)."""
+    std = policy_std(phi, settings)
+    deviation = (action - policy_mean(phi, observation)) / std
+    return (-0.5 * deviation.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+# ---------------------------------------------------------------- inner step: a policy gradient per task
+def inner_loss(phi, batch, settings):
+    """(n,): - mean_t log pi_phi(a_t|s_t) w_t A_t, with w_t = stopgrad(pi_phi) / pi_behaviour (paper's step 3b).
+
+    At the first meta-step pi_phi is the behaviour policy, and w is exactly 1.
+    """
+    log_probability = log_prob(phi, batch["observation"], batch["action"], settings)
+    weight = (log_probability.detach() - batch["log_prob"]).exp()
+    return -(log_probability * weight * batch["advantage"] * batch["mask"]).sum(-1) / batch["mask"].sum(-1)
+
+
+def inner_step(phi, alpha, batch, settings, first_order=False):
+    """phi_i' = phi_i - alpha * grad loss_i for all tasks at once; differentiable in phi and alpha.
+
+    Tasks share no entry of `phi`, so the gradient of the sum over tasks holds each task's own gradient.
+    `first_order` cuts the second derivative, where no outer gradient is taken.
+    """
+    if first_order:
+        phi = {name: value.detach().requires_grad_() for name, value in phi.items()}
+    gradient = torch.autograd.grad(inner_loss(phi, batch, settings).sum(), list(phi.values()),
+                                   create_graph=not first_order)
+    return {name: value - alpha[name] * g for (name, value), g in zip(phi.items(), gradient)}
+
+
+def adapt(theta, alpha, batches, settings, n, first_order=False):
+    """[phi_0, phi_1, ...]: theta for each of n tasks, then after each inner step on `batches[k]`."""
+    path = [{name: value.clone() for name, value in per_task(theta, n).items()}]
+    for batch in batches:
+        path.append(inner_step(path[-1], alpha, batch, settings, first_order))
+    return path
+
+
+# ---------------------------------------------------------------- outer objective: imitation after the inner step
+def imitation_loss(phi, observation, expert_action):
+    """mean_i mean_s || mean of pi_phi_i(s) - a* ||^2; observation (n, B, obs), expert_action (n, B, act)."""
+    return (policy_mean(phi, observation) - expert_action).square().sum(-1).mean()
+
+
+def meta_loss(theta, alpha, batches, demonstration, settings, first_order=False):
+    """The paper's meta-objective, averaged over the adapted phi_1 ... phi_k, and [ours] a little of it on phi_0.
+
+    `demonstration`: a pair (observation (n, B, obs), expert action (n, B, act)). The loss on phi_0 keeps the
+    pre-update policy at the block: the paper's objective gives it no credit for what its rollouts show.
+    """
+    path = adapt(theta, alpha, batches, settings, len(demonstration[0]), first_order)
+    losses = [imitation_loss(phi, *demonstration) for phi in path]
+    loss = sum(losses[1:]) / len(batches) + settings.pre_update_imitation * losses[0]
+    return loss, {f"imitation_{k}": value.detach() for k, value in enumerate(losses)}
+
+
+# ---------------------------------------------------------------- data of one collection
+def scaled(family, observation, dtype=torch.float32):
+    return torch.as_tensor((observation - family.observation_centre) / family.observation_scale, dtype=dtype)
+
+
+@torch.no_grad()
+def collect(env, tasks, phi, settings, generator):
+    """Roll out phi_i on task i, `env.num_envs / n` episodes each. `generator` None: mean actions.
+
+    Returns the episodes of `envs.rollout`, environments ordered by task.
+    """
+    n, std = len(tasks), policy_std(phi, settings)
+
+    def act(observation):
+        mean = policy_mean(phi, scaled(env.family, observation, std.dtype).to(std.device).view(n, -1, observation.shape[-1]))
+        noise = 0.0 if generator is None else torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
+        # Not clipped here: the environment clips, and log pi must be that of the Gaussian's own sample.
+        return (mean + std * noise).flatten(0, 1).cpu().numpy()
+
+    return rollout(env, act, np.repeat(tasks, env.num_envs // n, axis=0))
+
+
+def linear_baseline(observation, returns, mask):
+    """Least-squares fit of returns on [s, s^2, s_i s_j, t, t^2, t^3, 1], per task (Duan et al. 2016; release's baseline).
+
+    The products s_i s_j are [ours]: the value of a block's distance to a goal is no sum over coordinates.
+
+    observation (n, K, T, obs) scaled, returns and mask (n, K, T) -> values (n, K, T). Computed in float64.
+    """
+    n, K, T, _ = observation.shape
+    s = observation.double().clamp(-10, 10)
+    t = (torch.arange(T, dtype=torch.float64, device=s.device) / 100).expand(n, K, T)[..., None]
+    i, j = torch.triu_indices(s.shape[-1], s.shape[-1], 1, device=s.device)
+    features = [s, s.square(), s[..., i] * s[..., j], t, t.square(), t ** 3, torch.ones_like(t)]
+    features = torch.cat(features, dim=-1).view(n, K * T, -1)
+    weighted = features * mask.double().view(n, K * T, 1)
+    gram = weighted.mT @ features + 1e-5 * torch.eye(features.shape[-1], dtype=torch.float64, device=s.device)
+    coefficients = torch.linalg.solve(gram, weighted.mT @ returns.double().view(n, K * T, 1))
+    return (features @ coefficients).view(n, K, T).to(returns.dtype)
+
+
+def discounted_sum(values, factor):
+    """out_t = values_t + factor * out_{t+1} along the last axis."""
+    out, running = torch.empty_like(values), torch.zeros_like(values[..., 0])
+    for t in reversed(range(values.shape[-1])):
+        running = values[..., t] + factor * running
+        out[..., t] = running
+    return out
+
+
+def advantages(observation, reward, mask, settings):
+    """Generalised advantage estimates (n, K, T), centred per task."""
+    returns = discounted_sum(reward, settings.discount)
+    value = linear_baseline(observation, returns, mask) * mask
+    next_value = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], dim=-1)
+    delta = reward + settings.discount * next_value - value
+    advantage = discounted_sum(delta * mask, settings.discount * settings.gae_lambda)
+    mean = (advantage * mask).sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
+    return (advantage - mean) * mask
+
+
+@torch.no_grad()
+def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None):
+    """Batch of the inner step from the episodes that phi collected: all (n, B, ...).
+
+    Advantages are divided by one constant for all tasks, `advantage_scale` (None: this batch's standard deviation):
+    dividing by each task's own deviation would blow up the gradient near the goal, where rewards hardly differ.
+    """
+    n, dtype = len(phi["z"]), phi["z"].dtype
+    tensor = lambda x: torch.as_tensor(x, dtype=dtype).to(phi["z"].device).view(n, -1, *x.shape[1:])  # noqa: E731
+    observation = scaled(family, episodes["observations"][:, :-1], dtype).to(phi["z"].device)
+    observation = observation.view(n, -1, *observation.shape[1:])  # (n, K, T, obs)
+    mask = tensor(episodes["mask"])
+    advantage = advantages(observation, tensor(episodes["rewards"]), mask, settings)
+    scale = advantage.std() if advantage_scale is None else advantage_scale
+    batch = {"observation": observation.flatten(1, 2), "action": tensor(episodes["actions"]).flatten(1, 2),
+             "advantage": (advantage / scale).flatten(1, 2), "mask": mask.flatten(1, 2)}
+    batch["log_prob"] = log_prob(phi, batch["observation"], batch["action"], settings)
+    return batch, float(scale)
+
+
+# ---------------------------------------------------------------- demonstrations
+class Demonstrations:
+    """D*_i: labelled states of each task: arrays (n, M, obs) and (n, M, act), M the same for all tasks."""
+
+    def __init__(self, observations, actions):
+        if observations.ndim != 3 or actions.ndim != 3 or observations.shape[:2] != actions.shape[:2]:
+            raise ValueError(f"demonstrations need shapes (n, M, obs) and (n, M, act), not {observations.shape} "
+                             f"and {actions.shape}")
+        self.observations, self.actions = observations, actions
+
+    def add(self, observations, actions):
+        self.observations = np.concatenate([self.observations, observations], axis=1)
+        self.actions = np.concatenate([self.actions, actions], axis=1)
+
+    def sample(self, family, generator, count, device):
+        """`count` random labelled states of every task: observation (n, count, obs), scaled, and action (n, count, act)."""
+        n, available = self.observations.shape[:2]
+        task, index = np.arange(n)[:, None], generator.integers(available, size=(n, count))
+        return (scaled(family, self.observations[task, index]).to(device),
+                torch.as_tensor(self.actions[task, index], dtype=torch.float32).to(device))
+
+
+def imitate(family, demonstrations, settings, device="cpu"):
+    """theta of one policy that imitates all experts at once, without adaptation: plain supervised learning.
+
+    It is the baseline "no adaptation", and where meta-training starts from [ours]: its rollouts reach the block.
+    """
+    rng, generator = random_streams(settings.seed, "imitation", 0)
+    theta = {name: value.to(device).requires_grad_() for name, value in init_policy(family, settings, generator).items()}
+    optimiser = torch.optim.Adam(theta.values(), lr=settings.learning_rate)
+    for step in range(settings.imitation_steps):
+        set_rates(optimiser, [settings.learning_rate], step / settings.imitation_steps, final=0.0)
+        observation, action = demonstrations.sample(family, rng, settings.imitation_batch, device)
+        loss = imitation_loss(per_task(theta, len(observation)), observation, action)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return detached(theta)
+
+
+# ---------------------------------------------------------------- the algorithm box
+def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None, device="cpu"):
+    """Step 3; a generator that yields (state, metrics) after every collection.
+
+    `env`: BatchEnv of len(tasks) * settings.episodes environments. `demonstrations`: D* of step 2, grown in place.
+    `experts`: callable (observations (n, B, obs), tasks (n, task)) -> actions (n, B, act), or None to learn from the
+    demonstrations alone. `theta`: start parameters. `state`: one yielded before, to go on from there with the same
+    bits. FloatingPointError when the meta-objective is no longer finite.
+    """
+    family, n = env.family, len(tasks)
+    learner = MetaLearner(theta, demonstrations, settings, state, device)
+    theta, alpha = learner.theta, learner.alpha
+    aggregation_env = env.resized(n * max(1, settings.aggregation_episodes))
+
+    for collection in range(learner.collection, settings.collections):
+        rng, generator = random_streams(settings.seed, "meta-training", collection)
+
+        # 3a. theta_0 <- theta. K trajectories D_i with pi_theta_0 on each task, and with the policies adapted to them
+        #     where meta-training looks through further inner steps.
+        batches, collected = [], []
+        for _ in range(settings.inner_steps):
+            phi = adapted(theta, alpha, batches, settings, n)
+            collected.append(collect(env, tasks, phi, settings, generator))
+            batches.append(learner.batch(len(batches), collected[-1], phi, family))
+
+        # 3b. Many meta-steps on the same D_i: theta, alpha <- Adam on the imitation loss after the inner steps.
+        for step in range(settings.meta_steps):
+            demonstration = demonstrations.sample(family, rng, settings.imitation_batch, device)
+            loss, info = meta_loss(theta, alpha, batches, demonstration, settings)
+            learner.minimise(loss, (collection + step / settings.meta_steps) / settings.collections)
+
+        # 3c. Aggregation: roll out pi_phi_i on T_i, label the visited states with the experts, add them to D*_i.
+        if experts is not None and settings.aggregation_episodes:
+            phi = adapted(theta, alpha, batches, settings, n)
+            collected.append(collect(aggregation_env, tasks, phi, settings, generator))
+            visited = collected[-1]["observations"][:, :-1].reshape(n, -1, family.observation_size)
+            demonstrations.add(visited, experts(visited, tasks))
+
+        yield learner.finish(collected), learner.metrics(collected, info)
+
+
+class MetaLearner:
+    """What meta-training carries from one collection to the next: theta, alpha, Adam, advantage scales, counts."""
+
+    def __init__(self, theta, demonstrations, settings, state=None, device="cpu"):
+        self.settings, self.demonstrations = settings, demonstrations
+        alpha = init_step_sizes(theta, settings)
+        self.theta, self.alpha = ({name: value.to(device).requires_grad_() for name, value in detached(params).items()}
+                                  for params in (theta, alpha))
+        self.rates = [settings.learning_rate, settings.step_size_learning_rate]
+        self.optimiser = torch.optim.Adam([{"params": list(self.theta.values())}, {"params": list(self.alpha.values())}])
+        self.scales, self.collection, self.env_steps = [], 0, 0
+        self.given = demonstrations.observations.shape[1]  # labelled states per task before any aggregation
+        if state is not None:
+            with torch.no_grad():
+                for own, saved in ((self.theta, state["theta"]), (self.alpha, state["alpha"])):
+                    for name in own:
+                        own[name].copy_(saved[name])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.scales, self.collection, self.env_steps = list(state["scales"]), state["collection"], state["env_steps"]
+            demonstrations.add(state["aggregated_observations"].numpy(), state["aggregated_actions"].numpy())
+
+    def batch(self, k, episodes, phi, family):
+        """Batch of inner step k; the first batch of a step fixes the scale of its advantages for good."""
+        fixed = self.scales[k] if k < len(self.scales) else None
+        batch, scale = policy_gradient_batch(episodes, phi, family, self.settings, fixed)
+        if k == len(self.scales):
+            self.scales.append(scale)
+        return batch
+
+    def minimise(self, loss, progress):
+        set_rates(self.optimiser, self.rates, progress)
+        self.optimiser.zero_grad()
+        loss.backward()
+        params = [p for p in (*self.theta.values(), *self.alpha.values()) if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(params, self.settings.clip_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the meta-gradient is not finite in collection {self.collection + 1}: "
+                                     "lower learning_rate, or start again from the last checkpoint with another seed")
+        self.optimiser.step()
+
+    def finish(self, collected):
+        """Count a collection; returns the state to go on from."""
+        self.collection += 1
+        self.env_steps += sum(int(episodes["mask"].sum()) for episodes in collected)
+        return {"theta": detached(self.theta), "alpha": detached(self.alpha), "optimiser": self.optimiser.state_dict(),
+                "scales": list(self.scales), "collection": self.collection, "env_steps": self.env_steps,
+                "aggregated_observations": torch.as_tensor(self.demonstrations.observations[:, self.given:].copy()),
+                "aggregated_actions": torch.as_tensor(self.demonstrations.actions[:, self.given:].copy())}
+
+    def metrics(self, collected, info):
+        first, last = collected[0], collected[-1]
+        return {"iteration": self.collection, "env_steps": self.env_steps,
+                "return": float(first["rewards"].sum(1).mean()), "distance": float(first["distances"][:, -1].mean()),
+                "adapted_return": float(last["rewards"].sum(1).mean()),
+                "adapted_distance": float(last["distances"][:, -1].mean())} | {k: float(v) for k, v in info.items()}
+
+
+def adapted(theta, alpha, batches, settings, n):
+    """phi after one inner step per batch, as plain numbers: for rollouts, not for the outer gradient."""
+    path = adapt(detached(theta), detached(alpha), batches, settings, n, first_order=True)
+    return detached(path[-1])
+
+
+def detached(params):
+    return {name: value.detach().clone() for name, value in params.items()}
+
+
+def set_rates(optimiser, rates, progress, final=0.1):
+    """Learning rates fall linearly to `final` of their start as `progress` goes from 0 to 1."""
+    for group, rate in zip(optimiser.param_groups, rates):
+        group["lr"] = rate * (1.0 - (1.0 - final) * progress)
+
+
+# ---------------------------------------------------------------- meta-test
+def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed, threads=None):
+    """Adapt to every task by reward alone, `gradient_steps` policy-gradient steps of settings.episodes rollouts each.
+
+    `tasks` (n, task). Returns {"mean": .., "sampled": ..} of {"return", "distance"} arrays (gradient_steps + 1, n), for
+    the mean action (one episode: the simulator and the policy are deterministic) and averaged over the sampled
+    rollouts; "path", the adapted parameters after each step; and "env_steps".
+    """
+    n = len(tasks)
+    env, mean_env = BatchEnv(n * settings.episodes, family, threads), BatchEnv(n, family, threads)
+    generator = random_streams(seed, "evaluation", 0)[1]
+    phi = per_task(theta, n)
+    out = {name: {"return": [], "distance": []} for name in ("mean", "sampled")} | {"path": [], "env_steps": 0}
+    for k in range(gradient_steps + 1):
+        out["path"].append(phi)
+        mean_episodes = collect(mean_env, tasks, phi, settings, None)
+        episodes = collect(env, tasks, phi, settings, generator)
+        for name, rolled in (("mean", mean_episodes), ("sampled", episodes)):
+            out[name]["return"].append(rolled["rewards"].sum(1).reshape(n, -1).mean(1))
+            out[name]["distance"].append(rolled["distances"][:, -1].reshape(n, -1).mean(1))
+            out["env_steps"] += int(rolled["mask"].sum())
+        if k < gradient_steps:
+            batch, _ = policy_gradient_batch(episodes, phi, family, settings, scales[min(k, len(scales) - 1)])
+            phi = detached(inner_step(phi, alpha, batch, settings, first_order=True))
+    env.close(), mean_env.close()
+    for name in ("mean", "sampled"):
+        out[name] = {key: np.array(values) for key, values in out[name].items()}
+    return out

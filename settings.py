@@ -1,0 +1,107 @@
+"""Every setting of a run, with its default for the push task and its range, in one typed block.
+
+`python run.py --set NAME=VALUE` changes one; unknown names and values out of range are refused. Marks: [release] is the
+authors' code, [ours] deviates from it (README, "Deviations"), [SAC] is Haarnoja et al. 2018b.
+"""
+import dataclasses
+from dataclasses import dataclass, field
+
+
+def within(default, low, high):
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+def one_of(default, *choices):
+    return field(default=default, metadata={"choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    task: str = one_of("push", "push")
+    seed: int = within(0, 0, 2 ** 31 - 1)
+    experts: str = one_of("contextual", "contextual", "local")
+
+    # Tasks; each split is a fixed set of its own (envs.task_set)
+    training_tasks: int = within(20, 2, 1000)         # [release]
+    held_out_tasks: int = within(20, 1, 1000)
+
+    # Local experts, step 1 (local_policies.py)
+    expert_iterations: int = within(95, 1, 100_000)   # each: one episode in every environment, then updates
+    expert_episodes: int = within(4, 1, 1000)         # environments per training task
+    expert_updates: int = within(450, 1, 100_000)     # gradient steps per iteration
+    expert_width: int = within(128, 1, 4096)          # units in each of two hidden layers
+    expert_batch: int = within(256, 1, 65536)         # transitions per learner and update
+    expert_learning_rate: float = within(2e-3, 1e-6, 1.0)
+    expert_discount: float = within(0.95, 0.0, 1.0)   # [SAC: 0.99]
+    expert_target_rate: float = within(0.02, 1e-5, 1.0)   # Polyak averaging of the target critics, "tau" [SAC: 0.005]
+    expert_reward_scale: float = within(0.1, 1e-6, 1e6)
+    expert_entropy: float = within(-1.0, -10.0, 2.0)  # target entropy per action dimension [SAC]
+    expert_relabelled: float = within(0.8, 0.0, 1.0)  # share of a batch that is relabelled (local_policies.Replay)
+
+    # Demonstrations, step 2
+    demonstration_episodes: int = within(5, 1, 1000)  # per training task
+    demonstration_noise: float = within(0.3, 0.0, 5.0)  # added to all but each task's first episode; labels stay clean
+
+    imitation_steps: int = within(600, 1, 1_000_000)  # of the policy without adaptation, where meta-training starts [ours]
+
+    # Policy and inner step (gmps.py)
+    hidden: int = within(100, 1, 4096)                # units in each of two hidden layers [release]
+    bias_vector: int = within(4, 1, 1000)             # size of the learned input z [release]
+    init_std: float = within(0.5, 1e-3, 10.0)         # of the exploration noise, learned from there [release: 1]
+    min_std: float = within(0.35, 1e-6, 10.0)         # floor of the exploration noise [ours; release: 1e-6]
+    init_step_size: float = within(0.1, 0.0, 10.0)    # alpha, then learned per element [release: 0.5]
+    episodes: int = within(20, 2, 10_000)             # K rollouts per task and inner step [release]
+    discount: float = within(0.9, 0.0, 1.0)           # of advantages [ours; release: 0.99]
+    gae_lambda: float = within(0.8, 0.0, 1.0)         # [ours; release: 1]
+
+    # Meta-training, step 3 (gmps.py)
+    collections: int = within(15, 1, 10_000)          # passes through step 3
+    meta_steps: int = within(40, 1, 10_000)           # outer steps on one collection [release: 300 to 500]
+    inner_steps: int = within(3, 1, 10)               # that the outer loss is differentiated through [release: 1]
+    aggregation_episodes: int = within(2, 0, 1000)    # per task and collection, step 3c; 0: none
+    imitation_batch: int = within(200, 1, 100_000)    # labelled states per task and meta-step
+    learning_rate: float = within(3e-3, 1e-7, 1.0)    # outer Adam, theta [release: 1e-3]
+    step_size_learning_rate: float = within(1e-2, 1e-7, 1.0)  # outer Adam, alpha [ours]
+    pre_update_imitation: float = within(0.3, 0.0, 100.0)     # weight of the pre-update policy's own imitation [ours]
+    clip_norm: float = within(10.0, 1e-3, 1e6)        # of the outer gradient
+
+    def __post_init__(self):
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if spec.type is float and type(value) is int:
+                value = float(value)
+                object.__setattr__(self, spec.name, value)
+            if type(value) is not spec.type:
+                raise ValueError(f"{spec.name} must be of type {spec.type.__name__}, not {value!r}")
+            if "choices" in spec.metadata and value not in spec.metadata["choices"]:
+                raise ValueError(f"{spec.name} must be one of {', '.join(spec.metadata['choices'])}, not {value!r}")
+            if "low" in spec.metadata and not spec.metadata["low"] <= value <= spec.metadata["high"]:
+                low, high = spec.metadata["low"], spec.metadata["high"]
+                raise ValueError(f"{spec.name} must be between {low:g} and {high:g}, not {value:g}")
+
+
+# `--quick`: every phase for real, on budgets of seconds
+QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40, collections=2, meta_steps=3,
+             episodes=4)
+
+
+def from_strings(pairs):
+    """{name: value} from "name=value" strings; ValueError for an unknown name or a value of the wrong type."""
+    known, values = {spec.name: spec.type for spec in dataclasses.fields(Settings)}, {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in known:
+            raise ValueError(f"unknown setting {name!r}: give NAME=VALUE with a name from settings.py")
+        try:
+            values[name] = known[name](text)
+        except ValueError:
+            raise ValueError(f"{name} must be of type {known[name].__name__}, not {text!r}") from None
+    return values
+
+
+def from_dict(values):
+    """Settings from a saved dict; ValueError for unknown keys."""
+    unknown = set(values) - {spec.name for spec in dataclasses.fields(Settings)}
+    if unknown:
+        raise ValueError(f"unknown settings {sorted(unknown)}")
+    return Settings(**values)
