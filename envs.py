@@ -92,8 +92,8 @@ def sawyer_xml(objects, hand_start, sensors):
 </default>
 <worldbody>
   <light pos="0.6 0.2 2" dir="-0.3 0.2 -1" diffuse="0.5 0.5 0.5"/>
-  <camera name="video" pos="1.15 0.05 0.75" mode="targetbody" target="look_at"/>
-  <body name="look_at" pos="0 0.6 0.1"/>
+  <camera name="video" pos="1.15 0.05 0.75" mode="targetbody" target="look_at" fovy="36"/>
+  <body name="look_at" pos="0 0.55 0.15"/>
   <geom name="floor" type="plane" size="3 3 0.1" pos="0 0 -0.9" rgba="0.86 0.87 0.88 1"/>
   <geom name="table" type="box" size="0.4 0.4 0.03" pos="0 0.8 -0.03" rgba="0.80 0.70 0.55 1"/>
   <geom class="link" type="cylinder" size="0.12" fromto="0 0 -0.9 0 0 0.08" rgba="0.3 0.3 0.33 1"/>{body}
@@ -175,7 +175,15 @@ class SawyerPush:
                 "place": self.reward_weights["place"] * np.maximum(0.0, start_distance - self.distance(outcome, task))}
 
     def sample_tasks(self, generator, count):
+        """(count, 2) goals from the training distribution."""
         return generator.uniform(self.task_low, self.task_high, (count, self.task_size))
+
+    def training_tasks(self, count):
+        """(count, 2) goals spread evenly over the distribution's range: the R2 low-discrepancy sequence."""
+        golden = 1.324717957244746  # the real root of x^3 = x + 1
+        offset = np.array([0.1, 0.85])  # of a few tried, it leaves the smallest hole between 20 goals, 3.2 cm
+        unit = (offset + np.arange(count)[:, None] / golden ** np.array([1, 2])) % 1.0
+        return self.task_low + unit * (self.task_high - self.task_low)
 
     def goal_position(self, task):
         """Where a picture shows the goal."""
@@ -183,14 +191,17 @@ class SawyerPush:
 
 
 FAMILIES = {family.name: family for family in (SawyerPush,)}
-TASK_STREAMS = {"train": 101, "validation": 202, "held_out": 303}
+TASK_STREAMS = {"validation": 202, "held_out": 303}
 
 
 def task_set(family, split, count):
     """Fixed, disjoint task sets: (count, task_size) tasks of `split` "train", "validation" or "held_out".
 
-    Each split has its own random stream, the same for every run's seed: tuning looks at validation tasks only.
+    They are the same for every run's seed. Validation and held-out tasks are random draws from streams of their own;
+    tuning looks at validation tasks only.
     """
+    if split == "train":
+        return family.training_tasks(count)
     return family.sample_tasks(np.random.default_rng(TASK_STREAMS[split]), count)
 
 

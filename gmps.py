@@ -211,10 +211,10 @@ class Demonstrations:
         self.observations = np.concatenate([self.observations, observations], axis=1)
         self.actions = np.concatenate([self.actions, actions], axis=1)
 
-    def sample(self, family, generator, count, device):
-        """`count` random labelled states of every task: observation (n, count, obs), scaled, and action (n, count, act)."""
-        n, available = self.observations.shape[:2]
-        task, index = np.arange(n)[:, None], generator.integers(available, size=(n, count))
+    def sample(self, family, generator, tasks, count, device="cpu"):
+        """`count` random labelled states of each task index in `tasks` (m,): observation (m, count, obs), scaled, and
+        expert action (m, count, act)."""
+        task, index = tasks[:, None], generator.integers(self.observations.shape[1], size=(len(tasks), count))
         return (scaled(family, self.observations[task, index]).to(device),
                 torch.as_tensor(self.actions[task, index], dtype=torch.float32).to(device))
 
@@ -227,10 +227,11 @@ def imitate(family, demonstrations, settings, device="cpu"):
     rng, generator = random_streams(settings.seed, "imitation", 0)
     theta = {name: value.to(device).requires_grad_() for name, value in init_policy(family, settings, generator).items()}
     optimiser = torch.optim.Adam(theta.values(), lr=settings.learning_rate)
+    everyone = np.arange(len(demonstrations.observations))
     for step in range(settings.imitation_steps):
         set_rates(optimiser, [settings.learning_rate], step / settings.imitation_steps, final=0.0)
-        observation, action = demonstrations.sample(family, rng, settings.imitation_batch, device)
-        loss = imitation_loss(per_task(theta, len(observation)), observation, action)
+        observation, action = demonstrations.sample(family, rng, everyone, settings.imitation_batch, device)
+        loss = imitation_loss(per_task(theta, len(everyone)), observation, action)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -264,8 +265,9 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
 
         # 3b. Many meta-steps on the same D_i: theta, alpha <- Adam on the imitation loss after the inner steps.
         for step in range(settings.meta_steps):
-            demonstration = demonstrations.sample(family, rng, settings.imitation_batch, device)
-            loss, info = meta_loss(theta, alpha, batches, demonstration, settings)
+            some = rng.permutation(n)[:settings.meta_batch]
+            demonstration = demonstrations.sample(family, rng, some, settings.imitation_batch, device)
+            loss, info = meta_loss(theta, alpha, [of_tasks(batch, some) for batch in batches], demonstration, settings)
             learner.minimise(loss, (collection + step / settings.meta_steps) / settings.collections)
 
         # 3c. Aggregation: roll out pi_phi_i on T_i, label the visited states with the experts, add them to D*_i.
@@ -343,6 +345,11 @@ def adapted(theta, alpha, batches, settings, n):
 
 def detached(params):
     return {name: value.detach().clone() for name, value in params.items()}
+
+
+def of_tasks(batch, tasks):
+    """Those rows of a batch."""
+    return {name: value[tasks] for name, value in batch.items()}
 
 
 def set_rates(optimiser, rates, progress, final=0.1):

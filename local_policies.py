@@ -127,6 +127,11 @@ class SoftActorCritic:
         return {"critic_loss": loss.detach() / (2 * self.learners), "policy_loss": actor_loss.detach() / self.learners,
                 "value": info["value"].detach(), "temperature": temperature.mean()}
 
+    def set_learning_rate(self, progress):
+        """Learning rates fall linearly to a tenth as `progress` goes from 0 to 1: late policies are steady."""
+        for optimiser in self.optimisers.values():
+            optimiser.param_groups[0]["lr"] = self.settings.expert_learning_rate * (1.0 - 0.9 * progress)
+
     def _minimise(self, name, loss, params):
         for param, gradient in zip(params, torch.autograd.grad(loss, params)):
             param.grad = gradient
@@ -295,11 +300,12 @@ def train_experts(env, tasks, settings, state=None, device="cpu"):
         episodes = rollout(env, explore, task_of_env)
         replay.add(episodes)
         env_steps += int(episodes["mask"].sum())
+        learner.set_learning_rate(iteration / settings.expert_iterations)
         for _ in range(settings.expert_updates):
             batch = {name: value.to(device) for name, value in replay.sample(rng, learners, settings).items()}
             info = learner.update(batch, generator)
-        metrics = {"iteration": iteration + 1, "env_steps": env_steps, "return": float(episodes["rewards"].sum(1).mean()),
-                   "distance": float(episodes["distances"][:, -1].mean())} | {k: float(v) for k, v in info.items()}
+        metrics = {"iteration": iteration + 1, "env_steps": env_steps,
+                   "return": float(episodes["rewards"].sum(1).mean()), "distance": float(episodes["distances"][:, -1].mean())} | {k: float(v) for k, v in info.items()}
         if not math.isfinite(metrics["critic_loss"] + metrics["policy_loss"]):
             raise FloatingPointError(f"the experts' losses are not finite in iteration {iteration + 1}")
 

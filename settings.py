@@ -26,7 +26,7 @@ class Settings:
     held_out_tasks: int = within(20, 1, 1000)
 
     # Local experts, step 1 (local_policies.py)
-    expert_iterations: int = within(95, 1, 100_000)   # each: one episode in every environment, then updates
+    expert_iterations: int = within(55, 1, 100_000)   # each: one episode in every environment, then updates
     expert_episodes: int = within(4, 1, 1000)         # environments per training task
     expert_updates: int = within(450, 1, 100_000)     # gradient steps per iteration
     expert_width: int = within(128, 1, 4096)          # units in each of two hidden layers
@@ -49,14 +49,15 @@ class Settings:
     bias_vector: int = within(4, 1, 1000)             # size of the learned input z [release]
     init_std: float = within(0.5, 1e-3, 10.0)         # of the exploration noise, learned from there [release: 1]
     min_std: float = within(0.35, 1e-6, 10.0)         # floor of the exploration noise [ours; release: 1e-6]
-    init_step_size: float = within(0.1, 0.0, 10.0)    # alpha, then learned per element [release: 0.5]
+    init_step_size: float = within(0.03, 0.0, 10.0)    # alpha, then learned per element [release: 0.5]
     episodes: int = within(20, 2, 10_000)             # K rollouts per task and inner step [release]
     discount: float = within(0.9, 0.0, 1.0)           # of advantages [ours; release: 0.99]
     gae_lambda: float = within(0.8, 0.0, 1.0)         # [ours; release: 1]
 
     # Meta-training, step 3 (gmps.py)
-    collections: int = within(15, 1, 10_000)          # passes through step 3
-    meta_steps: int = within(40, 1, 10_000)           # outer steps on one collection [release: 300 to 500]
+    collections: int = within(20, 1, 10_000)          # passes through step 3
+    meta_steps: int = within(25, 1, 10_000)           # outer steps on one collection [release: 300 to 500]
+    meta_batch: int = within(20, 1, 1000)             # tasks per meta-step [release: all]
     inner_steps: int = within(3, 1, 10)               # that the outer loss is differentiated through [release: 1]
     aggregation_episodes: int = within(2, 0, 1000)    # per task and collection, step 3c; 0: none
     imitation_batch: int = within(200, 1, 100_000)    # labelled states per task and meta-step
