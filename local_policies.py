@@ -273,7 +273,8 @@ def train_experts(env, tasks, settings, state=None, device="cpu"):
 
     `env`: BatchEnv with len(tasks) * settings.expert_episodes environments. The yielded `state` is a function that takes
     a snapshot: learner, replay, iteration and step count. Given back as `state`, a snapshot goes on with the same bits,
-    since every iteration derives its own random streams from seed and iteration. FloatingPointError when a loss is no longer finite.
+    since every iteration derives its own random streams from seed and iteration. FloatingPointError when a loss is no
+    longer finite.
     """
     family, contextual = env.family, settings.experts == "contextual"
     learners = 1 if contextual else len(tasks)
@@ -305,7 +306,9 @@ def train_experts(env, tasks, settings, state=None, device="cpu"):
             batch = {name: value.to(device) for name, value in replay.sample(rng, learners, settings).items()}
             info = learner.update(batch, generator)
         metrics = {"iteration": iteration + 1, "env_steps": env_steps,
-                   "return": float(episodes["rewards"].sum(1).mean()), "distance": float(episodes["distances"][:, -1].mean())} | {k: float(v) for k, v in info.items()}
+                   "return": float(episodes["rewards"].sum(1).mean()),
+                   "distance": float(episodes["distances"][:, -1].mean()),
+                   **{name: float(value) for name, value in info.items()}}
         if not math.isfinite(metrics["critic_loss"] + metrics["policy_loss"]):
             raise FloatingPointError(f"the experts' losses are not finite in iteration {iteration + 1}")
 

@@ -263,7 +263,8 @@ def meta_training_phase(run, experts, demonstrations, demonstration_steps):
             imitation = content["no_adaptation"]
         env = run.batch_env(settings.training_tasks * settings.episodes)
         with progress_bar("meta-training", settings.collections, state["collection"] if state else 0) as bar:
-            training = gmps.meta_train(env, run.training_tasks, demonstrations, experts, imitation, settings, state, run.device)
+            training = gmps.meta_train(env, run.training_tasks, demonstrations, experts, imitation, settings, state,
+                                       run.device)
             for state, metrics in training:
                 run.tick(metrics["env_steps"], metrics)
                 bar.set_postfix(describe(metrics), refresh=False)
@@ -329,7 +330,7 @@ def closing_table(lists, unit):
     shown = [k for k in steps if k in TABLE_STEPS or k == steps[-1]]
     lines = [f"{'held-out tasks':<34}{'return':>8}{f'distance {unit}':>12}{'success':>10}"]
     for name, label in (("held_out", "mean action"), ("held_out_sampled", "sampled actions")):
-        lines += [row(f"adapted, {k} gradient step{'s' * (k != 1)}, {label}"[:34],
+        lines += [row(f"adapted, {k} step{'s' * (k != 1)}, {label}",
                       [r for r in lists[name] if r["gradient_steps"] == k]) for k in shown]
     return "\n".join([*lines, row("imitation, no adaptation", lists["no_adaptation"]),
                       row("experts (told the goal)", lists["experts_held_out"])])
@@ -340,8 +341,8 @@ def evaluation_phase(run, policy, experts):
     run.begin("evaluation")
     settings = run.settings
     tasks = task_set(run.family, "held_out", settings.held_out_tasks)
-    lists, env_steps, path = evaluate_policy(run.family, policy, experts, tasks, max(TABLE_STEPS), settings.episodes, settings,
-                                             settings.seed, run.threads, run.device)
+    lists, env_steps, path = evaluate_policy(run.family, policy, experts, tasks, max(TABLE_STEPS), settings.episodes,
+                                             settings, settings.seed, run.threads, run.device)
     run.tick(env_steps)
     result = {"task": settings.task, "method": "gmps", "seed": settings.seed, "commit": commit(),
               "env_steps": run.env_steps, "wall_seconds": run.wall_seconds, "machine": machine(run.threads)} | lists
@@ -371,8 +372,10 @@ def draw_plot(run, lists):
     axes[0].set(title=f"{run.settings.experts} experts, sampled actions, training tasks", xlabel="environment steps",
                 ylabel="return per episode")
     for key, label, color in (("return", "before adaptation", "tab:orange"), ("adapted_return", "adapted", "tab:blue")):
-        axes[1].plot([r["env_steps"] for r in rows["meta_training"]], [r[key] for r in rows["meta_training"]], color=color, label=label)
-    axes[1].set(title="meta-training, sampled actions, training tasks", xlabel="environment steps", ylabel="return per episode")
+        axes[1].plot([r["env_steps"] for r in rows["meta_training"]], [r[key] for r in rows["meta_training"]],
+                     color=color, label=label)
+    axes[1].set(title="meta-training, sampled actions, training tasks", xlabel="environment steps",
+                ylabel="return per episode")
     axes[1].legend()
     steps = sorted({record["gradient_steps"] for record in lists["held_out"]})
     for name, label, color in (("held_out", "mean action", "tab:blue"), ("held_out_sampled", "sampled actions", "tab:cyan")):
@@ -380,9 +383,11 @@ def draw_plot(run, lists):
         half = 1.96 * values.std(axis=1) / np.sqrt(values.shape[1])
         axes[2].plot(steps, values.mean(1), "o-", color=color, label=f"adapted, {label}")
         axes[2].fill_between(steps, values.mean(1) - half, values.mean(1) + half, color=color, alpha=0.2, linewidth=0)
-    for name, label, style in (("no_adaptation", "imitation, no adaptation", "--"), ("experts_held_out", "experts (told the goal)", ":")):
+    for name, label, style in (("no_adaptation", "imitation, no adaptation", "--"),
+                               ("experts_held_out", "experts (told the goal)", ":")):
         if lists[name]:
-            axes[2].axhline(np.mean([r["final_distance"] for r in lists[name]]), color="black", linestyle=style, label=label)
+            level = np.mean([r["final_distance"] for r in lists[name]])
+            axes[2].axhline(level, color="black", linestyle=style, label=label)
     axes[2].set(title=f"adaptation on {len(values[0])} held-out tasks, 95% interval", xlabel="gradient steps",
                 ylabel=f"final distance to goal ({run.family.task_unit})", ylim=(0, None))
     axes[2].legend()
@@ -401,7 +406,8 @@ def draw_video(run, path, task):
             frames = [env.render()]
             for _ in range(run.family.horizon):
                 with torch.no_grad():
-                    action = gmps.policy_mean(phi, gmps.scaled(run.family, observation).to(run.device)[None])[0].cpu().numpy()
+                    seen = gmps.scaled(run.family, observation).to(run.device)[None]
+                    action = gmps.policy_mean(phi, seen)[0].cpu().numpy()
                 observation, *_ = env.step(action)
                 frames.append(env.render())
             sides.append(np.array(frames)[:, ::2, ::2])
@@ -411,7 +417,8 @@ def draw_video(run, path, task):
     finally:
         env.close()
     film = np.concatenate(sides, axis=2)
-    write_atomically(run.out / "before_after.gif", lambda file: imageio.imwrite(file, film, extension=".gif", duration=50, loop=0))
+    write_atomically(run.out / "before_after.gif",
+                     lambda file: imageio.imwrite(file, film, extension=".gif", duration=50, loop=0))
 
 
 # ---------------------------------------------------------------- command line
@@ -428,7 +435,7 @@ def parse(arguments):
                         help="one expert that is told the goal, or one learner per training task")
     parser.add_argument("--out", type=Path, help="output folder (default runs/TASK/gmps/seedSEED)")
     parser.add_argument("--device", default="cpu", help="for the networks: cpu or cuda")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for simulator and networks (default: all cores)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of simulator and networks (default: all)")
     parser.add_argument("--quick", action="store_true", help="every phase on tiny budgets, under a minute")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of settings.py")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="adapt the trained policy in DIR instead of training")
@@ -438,8 +445,8 @@ def parse(arguments):
     options = parser.parse_args(arguments)
     if options.task not in FAMILIES:
         raise UserError(f"unknown task {options.task!r}: choose one of {', '.join(FAMILIES)}")
-    for name, value, low in (("--seed", options.seed, 0), ("--threads", options.threads, 1), ("--rollouts", options.rollouts, 2),
-                             ("--gradient-steps", options.gradient_steps, 0)):
+    for name, value, low in (("--seed", options.seed, 0), ("--threads", options.threads, 1),
+                             ("--rollouts", options.rollouts, 2), ("--gradient-steps", options.gradient_steps, 0)):
         if value < low:
             raise UserError(f"{name} must be at least {low}, not {value}")
     if options.evaluate is None and options.goals is not None:
@@ -453,9 +460,10 @@ def parse(arguments):
 
 def train(options):
     try:
+        preset = settings_module.LOCAL if options.experts == "local" else {}
+        preset = preset | (settings_module.QUICK if options.quick else {})
         given = {"task": options.task, "seed": options.seed, "experts": options.experts}
-        chosen = settings_module.Settings(**({**(settings_module.QUICK if options.quick else {}), **given,
-                                              **settings_module.from_strings(options.set)}))
+        chosen = settings_module.Settings(**(preset | given | settings_module.from_strings(options.set)))
     except ValueError as error:
         raise UserError(str(error)) from None
     default = f"runs/{chosen.task}/gmps/seed{chosen.seed}" + ("_quick" if options.quick else "")
@@ -483,8 +491,8 @@ def evaluate(options):
         raise UserError(f"{out} holds a training run: choose another folder with --out")
     make_folder(out)
     started = time.perf_counter()
-    lists, env_steps, _ = evaluate_policy(family, policy, experts, goals, options.gradient_steps, options.rollouts, settings,
-                                          options.seed, options.threads, options.device)
+    lists, env_steps, _ = evaluate_policy(family, policy, experts, goals, options.gradient_steps, options.rollouts,
+                                          settings, options.seed, options.threads, options.device)
     seconds = policy["wall_seconds"] | {"evaluation": time.perf_counter() - started}
     write_json(out / "result.json", {
         "task": settings.task, "method": "gmps", "seed": options.seed, "commit": commit(), "trained_seed": settings.seed,

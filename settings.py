@@ -81,9 +81,12 @@ class Settings:
                 raise ValueError(f"{spec.name} must be between {low:g} and {high:g}, not {value:g}")
 
 
+# `--experts local`: one small learner per training goal
+LOCAL = dict(expert_width=64, expert_batch=128, expert_updates=300, expert_iterations=60)
+
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40, collections=2, meta_steps=3,
-             episodes=4)
+             imitation_steps=50, episodes=4)
 
 
 def from_strings(pairs):
