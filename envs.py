@@ -108,7 +108,7 @@ def sawyer_xml(objects, hand_start, sensors):
 
 # ---------------------------------------------------------------- Sawyer push
 class SawyerPush:
-    """Push a block to a hidden goal on the table (release's push; "Push" in the paper's Sec. 6).
+    """Push a block to a hidden goal on the table (the paper's push task, constants of the release).
 
     Observation (6,): hand x, y, z, block x, y, z. The goal is never in it.
     Action (3,) in [-1, 1]: motion of the hand's mocap target, 1 cm per unit and step.

@@ -1,13 +1,14 @@
-"""Guided meta-policy search: the algorithm. Meta-train a policy so that one policy-gradient step on a new task's
-own rollouts makes it imitate that task's expert.
+"""Guided meta-policy search: the algorithm. Meta-train a policy so that a few policy-gradient steps on a new task's
+own rollouts make it imitate that task's expert.
 
 Source: "Guided Meta-Policy Search", Mendonca, Gupta, Kralev, Abbeel, Levine, Finn (NeurIPS 2019, arXiv 1904.00956v2).
 Step numbers in `meta_train` are those of the algorithm box in README.md. Constants marked [release] are those of the
 authors' code, [ours] deviate from it (README, "Deviations").
 
-Letters in shape comments: n tasks, K episodes per task, T steps, B = K * T samples. Parameters are dicts of tensors;
+Letters in shape comments: n tasks, K episodes per task, T steps, B samples per task. Parameters are dicts of tensors;
 `theta` has no task axis, adapted parameters `phi` carry a leading task axis, so all tasks adapt in one batched product.
 """
+import copy
 import math
 
 import numpy as np
@@ -33,8 +34,8 @@ def init_policy(family, settings, generator, dtype=torch.float32):
 def init_step_sizes(theta, settings):
     """alpha: one step size per element of theta, the same for every inner step.
 
-    log-std's starts at 0: the outer loss sees only mean actions, so the last inner step gives alpha's log-std elements no
-    gradient. Exploration noise is thus meta-learned, but drifts while a policy adapts only where that was learned.
+    log-std's starts at 0: the outer loss sees mean actions only, so nothing but a further inner step gives alpha's log-std
+    elements a gradient. With inner_steps 1 they stay 0, and exploration noise does not drift while a policy adapts.
     """
     return {name: torch.full_like(value, 0.0 if name == "log_std" else settings.init_step_size)
             for name, value in theta.items()}
@@ -73,7 +74,7 @@ def inner_loss(phi, batch, settings):
     At the first meta-step pi_phi is the behaviour policy, and w is exactly 1.
     """
     log_probability = log_prob(phi, batch["observation"], batch["action"], settings)
-    weight = (log_probability.detach() - batch["log_prob"]).exp()
+    weight = ((log_probability.detach() - batch["log_prob"]) * batch["mask"]).exp()  # padding cannot overflow
     return -(log_probability * weight * batch["advantage"] * batch["mask"]).sum(-1) / batch["mask"].sum(-1)
 
 
@@ -113,13 +114,13 @@ def imitation_loss(phi, observation, expert_action):
     return (executed(policy_mean(phi, observation)) - expert_action).square().sum(-1).mean()
 
 
-def meta_loss(theta, alpha, batches, demonstration, settings, first_order=False):
+def meta_loss(theta, alpha, batches, demonstration, settings):
     """The paper's meta-objective, averaged over the adapted phi_1 ... phi_k, and [ours] a little of it on phi_0.
 
     `demonstration`: a pair (observation (n, B, obs), expert action (n, B, act)). The loss on phi_0 keeps the
     pre-update policy at the block: the paper's objective gives it no credit for what its rollouts show.
     """
-    path = adapt(theta, alpha, batches, settings, len(demonstration[0]), first_order)
+    path = adapt(theta, alpha, batches, settings, len(demonstration[0]))
     losses = [imitation_loss(phi, *demonstration) for phi in path]
     loss = sum(losses[1:]) / len(batches) + settings.pre_update_imitation * losses[0]
     return loss, {f"imitation_{k}": value.detach() for k, value in enumerate(losses)}
@@ -188,9 +189,9 @@ def advantages(observation, reward, mask, settings):
 
 @torch.no_grad()
 def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None):
-    """Batch of the inner step from the episodes that phi collected: all (n, B, ...).
+    """Batch of the inner step from the episodes that phi collected: all (n, K * T, ...).
 
-    Advantages are divided by one constant for all tasks, `advantage_scale` (None: this batch's standard deviation):
+    Advantages are divided by one constant for all tasks, `advantage_scale` (None: this batch's root mean square):
     dividing by each task's own deviation would blow up the gradient near the goal, where rewards hardly differ.
     """
     n, dtype = len(phi["z"]), phi["z"].dtype
@@ -199,7 +200,7 @@ def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None)
     observation = observation.view(n, -1, *observation.shape[1:])  # (n, K, T, obs)
     mask = tensor(episodes["mask"])
     advantage = advantages(observation, tensor(episodes["rewards"]), mask, settings)
-    scale = advantage.std() if advantage_scale is None else advantage_scale
+    scale = (advantage.square().sum() / mask.sum()).sqrt() if advantage_scale is None else advantage_scale
     batch = {"observation": observation.flatten(1, 2), "action": tensor(episodes["actions"]).flatten(1, 2),
              "advantage": (advantage / scale).flatten(1, 2), "mask": mask.flatten(1, 2)}
     batch["log_prob"] = log_prob(phi, batch["observation"], batch["action"], settings)
@@ -259,7 +260,8 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
     family, n = env.family, len(tasks)
     learner = MetaLearner(theta, demonstrations, settings, state, device)
     theta, alpha = learner.theta, learner.alpha
-    aggregation_env = env.resized(n * max(1, settings.aggregation_episodes))
+    aggregate = experts is not None and settings.aggregation_episodes > 0
+    aggregation_env = env.resized(n * settings.aggregation_episodes) if aggregate else None
 
     for collection in range(learner.collection, settings.collections):
         rng, generator = random_streams(settings.seed, "meta-training", collection)
@@ -277,10 +279,11 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
             some = rng.permutation(n)[:settings.meta_batch]
             demonstration = demonstrations.sample(family, rng, some, settings.imitation_batch, device)
             loss, info = meta_loss(theta, alpha, [of_tasks(batch, some) for batch in batches], demonstration, settings)
-            learner.minimise(loss, (collection + step / settings.meta_steps) / settings.collections)
+            learner.minimise(loss, collection * settings.meta_steps + step)
 
-        # 3c. Aggregation: roll out pi_phi_i on T_i, label the visited states with the experts, add them to D*_i.
-        if experts is not None and settings.aggregation_episodes:
+        # 3c. Aggregation: roll out pi_phi_i on T_i, label the visited states with the experts, add them to D*_i. phi_i is
+        #     that of the new theta, adapted on the same D_i. (States after an early end would count as visited again.)
+        if aggregate:
             phi = adapted(theta, alpha, batches, settings, n)
             collected.append(collect(aggregation_env, tasks, phi, settings, generator))
             visited = collected[-1]["observations"][:, :-1].reshape(n, -1, family.observation_size)
@@ -306,7 +309,7 @@ class MetaLearner:
                 for own, saved in ((self.theta, state["theta"]), (self.alpha, state["alpha"])):
                     for name in own:
                         own[name].copy_(saved[name])
-            self.optimiser.load_state_dict(state["optimiser"])
+            self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
             self.scales, self.collection, self.env_steps = list(state["scales"]), state["collection"], state["env_steps"]
             demonstrations.add(state["aggregated_observations"].numpy(), state["aggregated_actions"].numpy())
 
@@ -318,32 +321,39 @@ class MetaLearner:
             self.scales.append(scale)
         return batch
 
-    def minimise(self, loss, progress):
-        set_rates(self.optimiser, self.rates, progress)
+    def minimise(self, loss, step):
+        """Adam's meta-step number `step`. Its first steps have full size whatever the gradient, hence the warm-up."""
+        set_rates(self.optimiser, [rate * min(1.0, (step + 1) / self.settings.warm_up_steps) for rate in self.rates],
+                  step / (self.settings.collections * self.settings.meta_steps))
         self.optimiser.zero_grad()
         loss.backward()
         params = [p for p in (*self.theta.values(), *self.alpha.values()) if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(params, self.settings.clip_norm)
         if not torch.isfinite(norm):
-            raise FloatingPointError(f"the meta-gradient is not finite in collection {self.collection + 1}: "
-                                     "lower learning_rate, or start again from the last checkpoint with another seed")
+            raise FloatingPointError(f"the meta-gradient is not finite in collection {self.collection + 1}: start anew "
+                                     "with a lower learning_rate or another seed, and another output folder")
         self.optimiser.step()
+        with torch.no_grad():  # below the floor log-std would have no gradient to come back by
+            self.theta["log_std"].clamp_(min=math.log(self.settings.min_std))
 
     def finish(self, collected):
         """Count a collection; returns the state to go on from."""
         self.collection += 1
         self.env_steps += sum(int(episodes["mask"].sum()) for episodes in collected)
-        return {"theta": detached(self.theta), "alpha": detached(self.alpha), "optimiser": self.optimiser.state_dict(),
-                "scales": list(self.scales), "collection": self.collection, "env_steps": self.env_steps,
+        return {"theta": detached(self.theta), "alpha": detached(self.alpha), "scales": list(self.scales),
+                "optimiser": copy.deepcopy(self.optimiser.state_dict()), "collection": self.collection,
+                "env_steps": self.env_steps,
                 "aggregated_observations": torch.as_tensor(self.demonstrations.observations[:, self.given:].copy()),
                 "aggregated_actions": torch.as_tensor(self.demonstrations.actions[:, self.given:].copy())}
 
     def metrics(self, collected, info):
-        first, last = collected[0], collected[-1]
-        return {"iteration": self.collection, "env_steps": self.env_steps,
-                "return": float(first["rewards"].sum(1).mean()), "distance": float(first["distances"][:, -1].mean()),
-                "adapted_return": float(last["rewards"].sum(1).mean()),
-                "adapted_distance": float(last["distances"][:, -1].mean())} | {k: float(v) for k, v in info.items()}
+        """Return and distance of step 3a's first rollouts and, where there are any, of step 3c's adapted ones."""
+        metrics = {"iteration": self.collection, "env_steps": self.env_steps}
+        rolled = [("", collected[0])] + [("adapted_", collected[-1])] * (len(collected) > self.settings.inner_steps)
+        for name, episodes in rolled:
+            metrics[f"{name}return"] = float(episodes["rewards"].sum(1).mean())
+            metrics[f"{name}distance"] = float(episodes["distances"][:, -1].mean())
+        return metrics | {name: float(value) for name, value in info.items()}
 
 
 def adapted(theta, alpha, batches, settings, n):
@@ -373,7 +383,8 @@ def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed
 
     `tasks` (n, task). Returns {"mean": .., "sampled": ..} of {"return", "distance"} arrays (gradient_steps + 1, n), for
     the mean action (one episode: the simulator and the policy are deterministic) and averaged over the sampled
-    rollouts; "path", the adapted parameters after each step; and "env_steps".
+    rollouts; "path", the adapted parameters after each step; and "env_steps". Steps past those meta-trained use the
+    last step's advantage scale.
     """
     n = len(tasks)
     env, mean_env = BatchEnv(n * settings.episodes, family, threads), BatchEnv(n, family, threads)

@@ -5,10 +5,11 @@ serves 20 local experts at about the cost of a few. The *contextual* expert (one
 same code with one learner whose observation has the goal appended.
 
 Sources: "Soft Actor-Critic Algorithms and Applications" (Haarnoja et al. 2018b, arXiv 1812.05905v2), equation
-numbers below; the paper's step 1, "learn the experts" (Mendonca et al. 2019, Sec. 4).
+numbers below; step 1 of guided meta-policy search (Mendonca et al. 2019).
 
 Letters in shape comments: N learners, B batch, S tasks (and replay streams).
 """
+import copy
 import math
 
 import numpy as np
@@ -42,11 +43,11 @@ def mlp(params, x):
 def policy_sample(params, observation, noise):
     """Tanh-Gaussian policy: actions (N, B, act) and their log-probabilities (N, B); `noise` is standard normal."""
     mean, log_std = mlp(params, observation).chunk(2, dim=-1)
-    # Spinning Up's trap: clamp has zero gradient outside, a tanh squash does not
+    # a clamp has zero gradient outside its range, where log-std would stay for good; a tanh has not
     log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
     pre_tanh = mean + log_std.exp() * noise
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    # log(1 - tanh(u)^2) in a form that stays finite for large |u| (App. C, Eq. 21 of the SAC paper)
+    # log(1 - tanh(u)^2) in a form that stays finite for large |u| (the SAC paper's appendix on action bounds)
     log_prob = log_prob - 2 * (math.log(2) - pre_tanh - torch.nn.functional.softplus(-2 * pre_tanh))
     return torch.tanh(pre_tanh), log_prob.sum(-1)
 
@@ -146,9 +147,11 @@ class SoftActorCritic:
         return policy_sample(self.policy, observation, noise)[0]
 
     def state_dict(self):
-        return {"policy": self.policy, "critic": self.critic, "target_critic": self.target_critic,
-                "log_temperature": self.log_temperature,
-                "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}}
+        """A copy: later updates do not reach it."""
+        return copy.deepcopy({
+            "policy": [p.detach() for p in self.policy], "critic": [p.detach() for p in self.critic],
+            "target_critic": self.target_critic, "log_temperature": self.log_temperature.detach(),
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}})
 
     def load_state_dict(self, state):
         with torch.no_grad():
@@ -157,7 +160,7 @@ class SoftActorCritic:
                     own.copy_(saved)
             self.log_temperature.copy_(state["log_temperature"])
         for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(state["optimisers"][name])
+            optimiser.load_state_dict(copy.deepcopy(state["optimisers"][name]))
 
 
 class Replay:
@@ -241,7 +244,7 @@ class Experts:
 
     def __init__(self, family, policy, tasks, contextual):
         self.family, self.tasks, self.contextual = family, np.asarray(tasks), contextual
-        self.policy = [p.detach() for p in policy]
+        self.policy = [p.detach().clone() for p in policy]
 
     def __call__(self, observations, tasks):
         if self.contextual:
@@ -272,9 +275,9 @@ def train_experts(env, tasks, settings, state=None, device="cpu"):
     """Step 1 of the algorithm. A generator that yields (experts, state, metrics) after every iteration.
 
     `env`: BatchEnv with len(tasks) * settings.expert_episodes environments. The yielded `state` is a function that takes
-    a snapshot: learner, replay, iteration and step count. Given back as `state`, a snapshot goes on with the same bits,
-    since every iteration derives its own random streams from seed and iteration. FloatingPointError when a loss is no
-    longer finite.
+    a snapshot of that moment: learner, replay, iteration and step count. Given back as `state`, a snapshot goes on with
+    the same bits, since every iteration derives its own random streams from seed and iteration. FloatingPointError when
+    a loss is no longer finite.
     """
     family, contextual = env.family, settings.experts == "contextual"
     learners = 1 if contextual else len(tasks)

@@ -371,8 +371,9 @@ def draw_plot(run, lists):
     axes[0].plot([r["env_steps"] for r in rows["experts"]], [r["return"] for r in rows["experts"]], color="tab:gray")
     axes[0].set(title=f"{run.settings.experts} experts, sampled actions, training tasks", xlabel="environment steps",
                 ylabel="return per episode")
-    for key, label, color in (("return", "before adaptation", "tab:orange"), ("adapted_return", "adapted", "tab:blue")):
-        axes[1].plot([r["env_steps"] for r in rows["meta_training"]], [r[key] for r in rows["meta_training"]],
+    for key, label, color in (("return", "before adaptation (step 3a)", "tab:orange"),
+                              ("adapted_return", "adapted (step 3c)", "tab:blue")):
+        axes[1].plot([r["env_steps"] for r in rows["meta_training"]], [r.get(key, np.nan) for r in rows["meta_training"]],
                      color=color, label=label)
     axes[1].set(title="meta-training, sampled actions, training tasks", xlabel="environment steps",
                 ylabel="return per episode")

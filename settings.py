@@ -60,6 +60,7 @@ class Settings:
     meta_batch: int = within(20, 1, 1000)             # tasks per meta-step [release: all]
     inner_steps: int = within(3, 1, 10)               # that the outer loss is differentiated through [release: 1]
     aggregation_episodes: int = within(2, 0, 1000)    # per task and collection, step 3c; 0: none
+    warm_up_steps: int = within(25, 1, 1_000_000)     # meta-steps over which the learning rates rise [ours]
     imitation_batch: int = within(200, 1, 100_000)    # labelled states per task and meta-step
     learning_rate: float = within(3e-3, 1e-7, 1.0)    # outer Adam, theta [release: 1e-3]
     step_size_learning_rate: float = within(1e-2, 1e-7, 1.0)  # outer Adam, alpha [ours]
