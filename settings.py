@@ -55,7 +55,7 @@ class Settings:
     gae_lambda: float = within(0.8, 0.0, 1.0)         # [ours; release: 1]
 
     # Meta-training, step 3 (gmps.py)
-    collections: int = within(20, 1, 10_000)          # passes through step 3
+    collections: int = within(12, 1, 10_000)          # passes through step 3
     meta_steps: int = within(25, 1, 10_000)           # outer steps on one collection [release: 300 to 500]
     meta_batch: int = within(20, 1, 1000)             # tasks per meta-step [release: all]
     inner_steps: int = within(3, 1, 10)               # that the outer loss is differentiated through [release: 1]
