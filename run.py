@@ -126,13 +126,14 @@ def open_folder(out, settings):
 
 
 def commit():
-    """Commit of the code, "-dirty" where files differ from it, "unknown" outside a checkout."""
+    """Commit of the code, "-dirty" where a module that this program uses differs from it, "unknown" outside a checkout."""
     folder = Path(__file__).parent
+    modules = [folder / f"{name}.py" for name in ("envs", "gmps", "local_policies", "run", "settings")]
 
     def git(*arguments):
         return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", *modules) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

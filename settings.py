@@ -22,12 +22,12 @@ class Settings:
     experts: str = one_of("contextual", "contextual", "local")
 
     # Tasks; each split is a fixed set of its own (envs.task_set)
-    training_tasks: int = within(20, 2, 1000)         # [release]
+    training_tasks: int = within(40, 2, 1000)         # [ours; release: 20]
     held_out_tasks: int = within(20, 1, 1000)
 
     # Local experts, step 1 (local_policies.py)
     expert_iterations: int = within(55, 1, 100_000)   # each: one episode in every environment, then updates
-    expert_episodes: int = within(4, 1, 1000)         # environments per training task
+    expert_episodes: int = within(2, 1, 1000)         # environments per training task
     expert_updates: int = within(450, 1, 100_000)     # gradient steps per iteration
     expert_width: int = within(128, 1, 4096)          # units in each of two hidden layers
     expert_batch: int = within(256, 1, 65536)         # transitions per learner and update
@@ -55,7 +55,7 @@ class Settings:
     gae_lambda: float = within(0.8, 0.0, 1.0)         # [ours; release: 1]
 
     # Meta-training, step 3 (gmps.py)
-    collections: int = within(12, 1, 10_000)          # passes through step 3
+    collections: int = within(10, 1, 10_000)          # passes through step 3
     meta_steps: int = within(25, 1, 10_000)           # outer steps on one collection [release: 300 to 500]
     meta_batch: int = within(20, 1, 1000)             # tasks per meta-step [release: all]
     inner_steps: int = within(3, 1, 10)               # that the outer loss is differentiated through [release: 1]
@@ -82,8 +82,8 @@ class Settings:
                 raise ValueError(f"{spec.name} must be between {low:g} and {high:g}, not {value:g}")
 
 
-# `--experts local`: one small learner per training goal
-LOCAL = dict(expert_width=64, expert_batch=128, expert_updates=300, expert_iterations=60)
+# `--experts local`: one small learner for each of the release's number of training goals
+LOCAL = dict(training_tasks=20, expert_episodes=4, expert_width=64, expert_batch=128, expert_updates=300, expert_iterations=60)
 
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40, collections=2, meta_steps=3,

@@ -1,0 +1,84 @@
+"""What the tests share: small helpers, and a quiet folder for each test."""
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from envs import SawyerPush
+
+HERE = Path(__file__).parent
+REFERENCE = HERE.parent / "shared" / "reference"
+PUSH = SawyerPush()
+HORIZON = PUSH.horizon
+
+
+@pytest.fixture(autouse=True)
+def _quiet_folder(tmp_path, monkeypatch):
+    """Tests run in a folder of their own (MuJoCo leaves its log in the current one), on one thread."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+def random_actions(num_envs, seed=0, steps=HORIZON):
+    return np.random.default_rng(seed).uniform(-1, 1, (steps, num_envs, 3)).astype(np.float32)
+
+
+def record(env, actions, task):
+    """Observations (T+1, B, 6) and rewards (T, B) of `actions` (T, B, 3), stepped by hand."""
+    observations, rewards = [env.reset(options={"task": task})[0]], []
+    for action in actions:
+        observation, reward, *_ = env.step(action)
+        observations.append(observation)
+        rewards.append(reward)
+    return np.array(observations), np.array(rewards)
+
+
+def push_north(steps=HORIZON, num_envs=1):
+    """Actions that push the block a decimetre or two in +y, with some x motion: rewards of every term."""
+    actions = np.zeros((steps, num_envs, 3), np.float32)
+    actions[..., 1] = 0.8
+    actions[..., 0] = 0.1 * np.sin(np.arange(steps))[:, None] + 0.05 * np.arange(num_envs)
+    return actions
+
+
+def scripted_expert(observations, tasks):
+    """Pushes in +y until the block's y is the goal's, and steers x: (n, B, 6), (n, 2) -> (n, B, 3)."""
+    to_goal = tasks[:, None] - observations[..., 3:5]
+    motion = np.concatenate([10 * to_goal, np.zeros_like(to_goal[..., :1])], axis=-1)
+    return np.clip(motion, -1, 1).astype(np.float32)
+
+
+def finite_difference(tensor, function, step=1e-5):
+    """Central differences of `function()` with respect to every element of `tensor`, changed in place."""
+    out, flat = torch.zeros_like(tensor, requires_grad=False), tensor.detach().view(-1)
+    for i in range(flat.numel()):
+        saved = flat[i].item()
+        values = []
+        for sign in (1, -1):
+            flat[i] = saved + sign * step
+            values.append(function())
+        flat[i] = saved
+        out.view(-1)[i] = (values[0] - values[1]) / (2 * step)
+    return out
+
+
+def relative_error(value, reference):
+    return float((value - reference).norm() / reference.norm())
+
+
+def through_bytes(state):
+    """What a checkpoint does to a state."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def reference_forward(phi, observation):
+    """(mean, hidden layers) of one task's policy in numpy."""
+    x = np.concatenate([observation, np.tile(phi["z"], (len(observation), 1))], axis=1)
+    h1 = np.maximum(x @ phi["w1"] + phi["b1"], 0)
+    h2 = np.maximum(h1 @ phi["w2"] + phi["b2"], 0)
+    return h2 @ phi["w3"] + phi["b3"], (x, h1, h2)

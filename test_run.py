@@ -1,0 +1,363 @@
+"""Tests of the command line: files, counts, bad input, resuming after kill -9, the README's line numbers."""
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import gmps
+import run
+from conftest import (
+    HERE,
+    PUSH,
+    reference_forward,
+)
+from envs import BatchEnv, rollout, task_set
+from settings import Settings
+
+BUDGET = dict(training_tasks=2, held_out_tasks=2, expert_iterations=8, expert_updates=2, expert_episodes=2,
+              expert_width=8, expert_batch=16, demonstration_episodes=3, imitation_steps=3, hidden=8, episodes=3,
+              collections=3, meta_steps=2, inner_steps=2, aggregation_episodes=1, imitation_batch=10)
+ARGUMENTS = ["--quick", "--threads", "1", *(f"--set={name}={value}" for name, value in BUDGET.items())]
+
+
+def start(*arguments):
+    """`run.main` in this process, without the pictures' seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "draw_video", lambda *_: None)
+        return run.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a tiny run from start to end."""
+    out = tmp_path_factory.mktemp("run") / "finished"
+    assert start(*ARGUMENTS, "--out", out) == 0
+    return out
+
+
+def result_of(out):
+    return json.loads((out / "result.json").read_text())
+
+
+def test_result_has_the_agreed_keys(finished):
+    result = result_of(finished)
+    assert {"task", "method", "seed", "commit", "env_steps", "wall_seconds", "held_out", "held_out_sampled",
+            "experts_held_out", "no_adaptation"} <= set(result)
+    assert (result["task"], result["method"], result["seed"]) == ("push", "gmps", 0)
+    assert result["commit"] == "unknown" or len(result["commit"].removesuffix("-dirty")) == 40
+    for key in ("env_steps", "wall_seconds"):
+        assert set(result[key]) == {"experts", "meta_training", "evaluation"}
+        assert all(value > 0 for value in result[key].values())
+    tasks = task_set(PUSH, "held_out", 2).tolist()
+    steps = sorted({record["gradient_steps"] for record in result["held_out"]})
+    assert steps == list(range(steps[-1] + 1)) and {0, 1, 3} <= set(steps)
+    for name in ("held_out", "held_out_sampled"):
+        assert [(r["gradient_steps"], r["task"]) for r in result[name]] == [(k, task) for k in steps for task in tasks]
+    for name in ("held_out", "held_out_sampled", "experts_held_out", "no_adaptation"):
+        for entry in result[name]:
+            assert {"task", "return", "final_distance", "success"} <= set(entry)
+            assert entry["success"] is (entry["final_distance"] <= 0.05)
+    for name in ("experts_held_out", "no_adaptation"):
+        assert [entry["task"] for entry in result[name]] == tasks
+
+
+def test_environment_steps_are_counted_exactly(finished):
+    result = result_of(finished)
+    evaluations = len({record["gradient_steps"] for record in result["held_out"]})
+    expected = {"experts": 50 * (2 * 2 * 8 + 2 * 3),  # tasks x episodes x iterations, and 3 demonstrations a task
+                "meta_training": 50 * 2 * 3 * (2 * 3 + 1),  # tasks x collections x (inner x episodes + aggregation)
+                "evaluation": 50 * 2 * ((3 + 1) * evaluations + 1 + 1)}  # sampled, mean; no adaptation; experts
+    assert result["env_steps"] == expected
+
+
+def test_results_of_a_run_are_those_of_its_policy_file(finished):
+    """The mean-action return before adaptation, recomputed from policy.pt by a rollout of our own."""
+    policy = torch.load(finished / "policy.pt", weights_only=True)
+    phi = {name: value.double() for name, value in gmps.per_task(policy["theta"], 2).items()}
+
+    def act(observation):
+        x = torch.as_tensor((observation - PUSH.observation_centre) / 0.1)
+        return torch.stack([torch.as_tensor(reference_forward({k: v[i].numpy() for k, v in phi.items()},
+                                                              x[i:i + 1].numpy())[0][0]) for i in range(2)]).numpy()
+
+    episodes = rollout(BatchEnv(2), act, task_set(PUSH, "held_out", 2))
+    entries = [entry for entry in result_of(finished)["held_out"] if entry["gradient_steps"] == 0]
+    assert np.allclose([entry["return"] for entry in entries], episodes["rewards"].sum(1), rtol=1e-3, atol=1e-3)
+    assert np.allclose([entry["final_distance"] for entry in entries], episodes["distances"][:, -1], atol=1e-4)
+
+
+def test_metrics_file_has_a_row_per_iteration(finished):
+    lines = (finished / "metrics.csv").read_text().splitlines()
+    columns = lines[0].split(",")
+    rows = [dict(zip(columns, line.split(","), strict=True)) for line in lines[1:]]
+    assert [(row["phase"], int(row["iteration"])) for row in rows] == (
+        [("experts", k) for k in range(1, 9)] + [("meta_training", k) for k in range(1, 4)])
+    assert [int(row["env_steps"]) for row in rows] == [200 * k for k in range(1, 9)] + [700 * k for k in range(1, 4)]
+    assert all(math.isfinite(float(row["return"])) for row in rows)
+
+
+def test_finished_run_started_again_changes_nothing(finished, tmp_path):
+    """Same command, all checkpoints there: the same result, and no partial checkpoint is left behind."""
+    before = {name: (finished / name).read_bytes() for name in ("experts.pt", "policy.pt", "metrics.csv")}
+    result = result_of(finished)
+    assert start(*ARGUMENTS, "--out", finished) == 0
+    assert before == {name: (finished / name).read_bytes() for name in before}
+    again = result_of(finished)
+    assert {**again, "wall_seconds": 0} == {**result, "wall_seconds": 0}
+    assert not list(finished.glob("*partial*")) + list(finished.glob("*.part"))
+
+
+def test_evaluation_of_given_goals(finished, tmp_path):
+    """Goals, gradient steps, rollouts and steps as asked for; the same seed gives the same file twice."""
+    goals = np.array([[-0.35, 0.5], [0.35, 1.1], [0.0, 0.75]])  # off the training range, on the table
+    np.save(tmp_path / "goals.npy", goals)
+    results = []
+    for name in ("a", "b"):
+        assert start("--threads", 1, "--evaluate", finished, "--goals", tmp_path / "goals.npy", "--gradient-steps", 2,
+                     "--rollouts", 4, "--seed", 5, "--out", tmp_path / name) == 0
+        results.append(result_of(tmp_path / name))
+    one, again = ({**result, "wall_seconds": 0} for result in results)
+    assert one == again and one["seed"] == 5
+    expected = [(k, goal) for k in range(3) for goal in goals.tolist()]
+    assert [(r["gradient_steps"], r["task"]) for r in one["held_out"]] == expected
+    assert one["env_steps"]["evaluation"] == 50 * 3 * ((4 + 1) * 3 + 1 + 1)
+    assert one["env_steps"]["experts"] == result_of(finished)["env_steps"]["experts"]
+
+
+def test_many_goals_are_evaluated_as_few(finished, tmp_path):
+    """60 goals (more than one chunk): mean actions before adaptation are those of the goals one chunk at a time."""
+    goals = PUSH.sample_tasks(np.random.default_rng(0), 60)
+    entries = {}
+    for name, part in (("all", goals), ("last", goals[55:])):
+        np.save(tmp_path / "goals.npy", part)
+        assert start("--threads", 1, "--evaluate", finished, "--goals", tmp_path / "goals.npy", "--gradient-steps", 0,
+                     "--rollouts", 2, "--out", tmp_path / name) == 0
+        entries[name] = result_of(tmp_path / name)
+    assert [entry["task"] for entry in entries["all"]["held_out"]] == goals.tolist()
+    for name in ("held_out", "no_adaptation", "experts_held_out"):
+        for one, other in zip(entries["all"][name][55:], entries["last"][name], strict=True):
+            assert one["return"] == pytest.approx(other["return"], rel=1e-4, abs=1e-4)
+
+
+# Each breaks off a run from within, by SIGKILL at the n-th call of a function: no time is left for any clean-up.
+KILLED = """
+import importlib, os, signal, sys
+module, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+owner = importlib.import_module(module)
+original, calls = getattr(owner, name), []
+def counted(*arguments, **named):
+    calls.append(None)
+    if len(calls) == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **named)
+setattr(owner, name, counted)
+import run
+sys.exit(run.main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize("module, name, count, left", [
+    pytest.param("local_policies", "critic_loss", 14, "experts_partial.pt", id="in iteration 7 of 8 of the experts"),
+    pytest.param("gmps", "meta_loss", 4, "policy_partial.pt", id="in collection 2 of 3 of meta-training"),
+    pytest.param("os", "fsync", 4, "experts.pt.part", id="while writing experts.pt"),
+])
+def test_killed_run_goes_on_to_the_same_result(finished, tmp_path, module, name, count, left):
+    """SIGKILL, the same command again: result.json, wall times apart, and metrics.csv are those of the unbroken run."""
+    out = tmp_path / "killed"
+    environment = os.environ | {"MUJOCO_GL": "disabled", "PYTHONPATH": str(HERE)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, module, name, str(count), *ARGUMENTS, "--out", str(out)],
+                            env=environment, capture_output=True, cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert (out / left).exists() and not (out / "result.json").exists() and not (out / "policy.pt").exists()
+    assert start(*ARGUMENTS, "--out", out) == 0
+    unbroken, resumed = result_of(finished), result_of(out)
+    assert {**resumed, "wall_seconds": 0} == {**unbroken, "wall_seconds": 0}
+    assert (out / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
+    assert not list(out.glob("*.part")) and not list(out.glob("*partial*"))
+
+
+def refused(capsys, *arguments):
+    """The one line on stderr of a command that must fail with exit code 2."""
+    capsys.readouterr()
+    assert start(*arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--task", "pull"], "pull"), (["--nonsense"], "--nonsense"), (["--set", "nonsense=1"], "nonsense"),
+    (["--set", "hidden"], "hidden"), (["--set", "hidden=0"], "hidden"), (["--set", "hidden=x"], "hidden"),
+    (["--set", "learning_rate=nan"], "learning_rate"), (["--set", "discount=1.5"], "discount"),
+    (["--set", "experts=none"], "experts"), (["--experts", "none"], "none"), (["--seed", "-1"], "seed"),
+    (["--seed", "x"], "seed"), (["--seed", "99999999999"], "seed"), (["--rollouts", "0"], "rollouts"),
+    (["--gradient-steps", "-1"], "gradient-steps"), (["--threads", "0"], "threads"),
+    (["--device", "cuda:99"], "cuda:99"), (["--device", "abacus"], "abacus"),
+    (["--goals", "goals.npy"], "--evaluate"), (["--out"], "--out")])
+def test_bad_argument_is_refused_in_one_line(capsys, arguments, word):
+    assert word in refused(capsys, "--quick", *arguments)
+
+
+def saved_as(path, array, **options):
+    with open(path, "wb") as file:
+        np.save(file, array, **options)
+
+
+def zip_start(path):
+    with open(path, "wb") as file:
+        np.savez(file, goals=np.zeros((2, 2)))
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("write, word", [
+    pytest.param(lambda path: saved_as(path, np.zeros((2, 3))), "(n, 2)", id="wrong shape"),
+    pytest.param(lambda path: saved_as(path, np.zeros(2)), "(n, 2)", id="one axis"),
+    pytest.param(lambda path: saved_as(path, np.zeros((0, 2))), "(n, 2)", id="empty"),
+    pytest.param(lambda path: saved_as(path, np.array([[0, 0.75], [0, np.nan]])), "row 1", id="NaN"),
+    pytest.param(lambda path: saved_as(path, np.array([[0, 0.75], [0.5, 0.75]])), "row 1", id="off the table"),
+    pytest.param(lambda path: saved_as(path, np.array([["a", "b"]])), "numbers", id="text array"),
+    pytest.param(lambda path: saved_as(path, np.array([[0.05 + 1j, 0.75]])), "numbers", id="complex"),
+    pytest.param(lambda path: saved_as(path, np.array([[None, 1]]), allow_pickle=True), "npy", id="pickled objects"),
+    pytest.param(lambda path: None, "no goals file", id="missing"),
+    pytest.param(lambda path: path.write_text("0.0, 0.75\n"), "npy", id="text file"),
+    pytest.param(lambda path: path.write_bytes(b""), "npy", id="no bytes"),
+    pytest.param(zip_start, "npy", id="truncated npz"),
+    pytest.param(lambda path: path.mkdir(), "npy", id="a folder"),
+])
+def test_bad_goals_file_is_refused_in_one_line(finished, tmp_path, capsys, write, word):
+    write(tmp_path / "goals.npy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        line = refused(capsys, "--threads", 1, "--evaluate", finished, "--goals", tmp_path / "goals.npy", "--out",
+                       tmp_path / "out")
+    assert word in line and "goals.npy" in line
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def copied(finished, out, *names):
+    out.mkdir()
+    for name in names:
+        (out / name).write_bytes((finished / name).read_bytes())
+    return out
+
+
+@pytest.mark.parametrize("spoil, word", [
+    pytest.param(lambda path, _: path.unlink(), "train first", id="missing"),
+    pytest.param(lambda path, _: path.write_bytes(path.read_bytes()[:-2000]), "truncated", id="truncated"),
+    pytest.param(lambda path, _: path.write_bytes(path.read_bytes()[:2]), "truncated", id="two bytes"),
+    pytest.param(lambda path, _: path.write_bytes(b""), "truncated", id="no bytes"),
+    pytest.param(lambda path, _: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)), "truncated", id="a picture"),
+    pytest.param(lambda path, _: path.write_bytes(b"U"), "truncated", id="one letter"),
+    pytest.param(lambda path, _: path.write_bytes(b"Jello, world"), "truncated", id="a short text"),
+    pytest.param(lambda path, _: torch.save({"weights": torch.zeros(3)}, path), "not a policy", id="foreign"),
+    pytest.param(lambda path, _: torch.save([1, 2], path), "not a policy", id="a list"),
+    pytest.param(lambda path, other: path.write_bytes(other.read_bytes()), "not a policy", id="of another kind"),
+])
+def test_bad_policy_file_is_refused_in_one_line(finished, tmp_path, capsys, spoil, word):
+    out = copied(finished, tmp_path / "copy", "policy.pt")
+    spoil(out / "policy.pt", finished / "experts.pt")
+    assert word in refused(capsys, "--threads", 1, "--evaluate", out)
+
+
+def test_bad_checkpoint_of_a_run_is_refused_in_one_line(finished, tmp_path, capsys):
+    out = copied(finished, tmp_path / "copy", "settings.json", "experts.pt")
+    (out / "experts.pt").write_bytes((out / "experts.pt").read_bytes()[:3000])
+    assert "experts.pt is truncated" in refused(capsys, *ARGUMENTS, "--out", out)
+
+
+def test_more_rollouts_than_the_settings_allow_are_refused_in_one_line(finished, tmp_path, capsys):
+    line = refused(capsys, "--threads", 1, "--evaluate", finished, "--rollouts", 10_001, "--out", tmp_path / "out")
+    assert "10000" in line
+
+
+def test_output_folder_that_is_a_file_is_refused(finished, tmp_path, capsys):
+    (tmp_path / "taken").write_text("mine")
+    assert "taken" in refused(capsys, *ARGUMENTS, "--out", tmp_path / "taken")
+    assert "taken" in refused(capsys, *ARGUMENTS, "--out", tmp_path / "taken" / "below")
+    assert "taken" in refused(capsys, "--threads", 1, "--evaluate", finished, "--out", tmp_path / "taken")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_output_folder_of_another_run_is_refused(finished, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    line = refused(capsys, *ARGUMENTS, "--set=hidden=9", "--out", finished)
+    assert "hidden" in line
+    assert "seed" in refused(capsys, *ARGUMENTS, "--seed", 1, "--out", finished)
+    assert "training run" in refused(capsys, "--threads", 1, "--evaluate", finished, "--out", finished)
+    assert before == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+
+
+# ---------------------------------------------------------------- README
+def test_readme_names_the_right_lines():
+    """Each "`text`, file.py:line" of the README's table of algorithm steps stands on that line, and on no other."""
+    named = re.findall(r"`([^`]+)`, (\w+\.py):(\d+)", (HERE / "README.md").read_text())
+    assert len(named) >= 12 and {"# 3a.", "# 3b.", "# 3c."} <= {text for text, _, _ in named}
+    for text, file, number in named:
+        lines = (HERE / file).read_text().splitlines()
+        assert [index for index, line in enumerate(lines, start=1) if text in line] == [int(number)], (text, file)
+
+
+# ---------------------------------------------------------------- the command line: files
+def test_failed_write_leaves_the_old_file(tmp_path):
+    """A writer that runs out of disk half-way: the old content stays, nothing is left beside it, one line says so."""
+    path = tmp_path / "state.pt"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"half of the new")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(run.UserError, match="No space left") as caught:
+        run.write_atomically(path, write)
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """No file of this process can grow past `size` bytes: what a full disk does, with an error of its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [100, 20_000, 400_000])
+def test_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path, limit):
+    """torch.save itself meets the full disk, wherever in the file (it then raises a RuntimeError)."""
+    path = tmp_path / "policy.pt"
+    run.save_checkpoint(path, "policy", Settings(), {"theta": torch.ones(3)})
+    with file_size_limit(limit), pytest.raises(run.UserError) as caught:
+        run.save_checkpoint(path, "policy", Settings(), {"theta": torch.zeros(100, 1000)})
+    assert "\n" not in str(caught.value)
+    assert torch.equal(run.load_checkpoint(path, "policy")["theta"], torch.ones(3))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_run_on_a_full_disk_ends_in_one_line_and_goes_on_later(finished, tmp_path, capsys):
+    """The experts' first checkpoint does not fit: exit code 2, one error line; with room the same command finishes."""
+    out = tmp_path / "full"
+    with file_size_limit(5_000):
+        assert start(*ARGUMENTS, "--out", out) == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: cannot write")]
+    assert start(*ARGUMENTS, "--out", out) == 0
+    assert {**result_of(out), "wall_seconds": 0} == {**result_of(finished), "wall_seconds": 0}
+
+
+def test_json_never_holds_nan(tmp_path):
+    with pytest.raises(ValueError):
+        run.write_json(tmp_path / "result.json", {"return": float("nan")})
+    assert not (tmp_path / "result.json").exists()
