@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -58,8 +59,9 @@ def write_atomically(path, write, mode="wb"):
 
 
 def save_checkpoint(path, kind, settings, content):
-    write_atomically(path, lambda file: torch.save(
-        {"format": FORMAT, "kind": kind, "settings": dataclasses.asdict(settings), **content}, file))
+    buffer = io.BytesIO()  # torch.save hides a full disk behind an exception of its own
+    torch.save({"format": FORMAT, "kind": kind, "settings": dataclasses.asdict(settings), **content}, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path, kind):
@@ -447,10 +449,11 @@ def parse(arguments):
     options = parser.parse_args(arguments)
     if options.task not in FAMILIES:
         raise UserError(f"unknown task {options.task!r}: choose one of {', '.join(FAMILIES)}")
-    for name, value, low in (("--seed", options.seed, 0), ("--threads", options.threads, 1),
-                             ("--rollouts", options.rollouts, 2), ("--gradient-steps", options.gradient_steps, 0)):
-        if value < low:
-            raise UserError(f"{name} must be at least {low}, not {value}")
+    for name, value, low, high in (("--seed", options.seed, 0, 2 ** 31 - 1), ("--threads", options.threads, 1, 1024),
+                                   ("--rollouts", options.rollouts, 2, 10_000),
+                                   ("--gradient-steps", options.gradient_steps, 0, 1000)):
+        if not low <= value <= high:
+            raise UserError(f"{name} must be between {low} and {high}, not {value}")
     if options.evaluate is None and options.goals is not None:
         raise UserError("--goals goes with --evaluate DIR")
     try:

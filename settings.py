@@ -83,7 +83,8 @@ class Settings:
 
 
 # `--experts local`: one small learner for each of the release's number of training goals
-LOCAL = dict(training_tasks=20, expert_episodes=4, expert_width=64, expert_batch=128, expert_updates=300, expert_iterations=60)
+LOCAL = dict(training_tasks=20, expert_episodes=4, expert_width=64, expert_batch=128, expert_updates=300,
+             expert_iterations=60)
 
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40, collections=2, meta_steps=3,

@@ -337,7 +337,7 @@ def file_size_limit(size):
 
 @pytest.mark.parametrize("limit", [100, 20_000, 400_000])
 def test_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path, limit):
-    """torch.save itself meets the full disk, wherever in the file (it then raises a RuntimeError)."""
+    """A disk that is full anywhere in the file, in one line."""
     path = tmp_path / "policy.pt"
     run.save_checkpoint(path, "policy", Settings(), {"theta": torch.ones(3)})
     with file_size_limit(limit), pytest.raises(run.UserError) as caught:
