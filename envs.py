@@ -209,6 +209,8 @@ def task_set(family, split, count):
 def check_tasks(family, tasks):
     """`tasks` as a float (n, task_size) array; ValueError, in one line, where it is not one."""
     try:
+        if np.iscomplexobj(tasks):
+            raise ValueError
         tasks = np.asarray(tasks, dtype=float)
     except (TypeError, ValueError):
         raise ValueError(f"goals must be numbers of shape (n, {family.task_size})") from None

@@ -178,7 +178,7 @@ def discounted_sum(values, factor):
 
 def advantages(observation, reward, mask, settings):
     """Generalised advantage estimates (n, K, T), centred per task."""
-    returns = discounted_sum(reward, settings.discount)
+    returns = discounted_sum(reward * mask, settings.discount)
     value = linear_baseline(observation, returns, mask) * mask
     next_value = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], dim=-1)
     delta = reward + settings.discount * next_value - value
@@ -378,17 +378,21 @@ def set_rates(optimiser, rates, progress, final=0.1):
 
 
 # ---------------------------------------------------------------- meta-test
-def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed, threads=None):
+LATER_STEPS = 0.25  # [ours] each step past those meta-trained is this fraction of the one before: nothing has taught
+#                     alpha how far to go there, and full steps undo what the first ones gained
+
+
+def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed, threads=None, stream=0):
     """Adapt to every task by reward alone, `gradient_steps` policy-gradient steps of settings.episodes rollouts each.
 
-    `tasks` (n, task). Returns {"mean": .., "sampled": ..} of {"return", "distance"} arrays (gradient_steps + 1, n), for
-    the mean action (one episode: the simulator and the policy are deterministic) and averaged over the sampled
-    rollouts; "path", the adapted parameters after each step; and "env_steps". Steps past those meta-trained use the
-    last step's advantage scale.
+    `tasks` (n, task); `stream` numbers the random stream of `seed` for the rollouts' noise. Returns {"mean": ..,
+    "sampled": ..} of {"return", "distance"} arrays (gradient_steps + 1, n), for the mean action (one episode: simulator
+    and policy are deterministic) and averaged over the sampled rollouts; "path", the adapted parameters after each
+    step; and "env_steps". Steps past those meta-trained use the last step's advantage scale and LATER_STEPS.
     """
     n = len(tasks)
     env, mean_env = BatchEnv(n * settings.episodes, family, threads), BatchEnv(n, family, threads)
-    generator = random_streams(seed, "evaluation", 0)[1]
+    generator = random_streams(seed, "evaluation", stream)[1]
     phi = per_task(theta, n)
     out = {name: {"return": [], "distance": []} for name in ("mean", "sampled")} | {"path": [], "env_steps": 0}
     for k in range(gradient_steps + 1):
@@ -401,7 +405,9 @@ def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed
             out["env_steps"] += int(rolled["mask"].sum())
         if k < gradient_steps:
             batch, _ = policy_gradient_batch(episodes, phi, family, settings, scales[min(k, len(scales) - 1)])
-            phi = detached(inner_step(phi, alpha, batch, settings, first_order=True))
+            shrink = LATER_STEPS ** max(0, k + 1 - len(scales))  # as many scales as meta-trained steps
+            step_size = {name: shrink * value for name, value in alpha.items()}
+            phi = detached(inner_step(phi, step_size, batch, settings, first_order=True))
     env.close(), mean_env.close()
     for name in ("mean", "sampled"):
         out[name] = {key: np.array(values) for key, values in out[name].items()}

@@ -192,7 +192,7 @@ class Replay:
         self.size += count
 
     def state_dict(self):
-        return {name: torch.as_tensor(values[:, :self.size]) for name, values in self.data.items()}
+        return {name: torch.as_tensor(values[:, :self.size].copy()) for name, values in self.data.items()}
 
     def load_state_dict(self, state):
         self.size = state["action"].shape[1]
@@ -340,17 +340,22 @@ def save_demonstrations(file, tasks, observations, actions):
 
 def load_demonstrations(file, family):
     """(tasks, observations, actions) of `save_demonstrations`; ValueError where shapes are not those of `family`."""
-    with np.load(file, allow_pickle=False) as data:
+    data = np.load(file, allow_pickle=False)
+    if not isinstance(data, np.lib.npyio.NpzFile):
+        raise ValueError("demonstrations must be an npz file")
+    with data:
         missing = {"tasks", "observations", "actions"} - set(data.files)
         if missing:
             raise ValueError(f"demonstrations lack {sorted(missing)}")
         tasks, observations, actions = data["tasks"], data["observations"], data["actions"]
-    n = len(tasks)
+    n, tasks = len(observations), np.atleast_2d(tasks)
     for name, array, size in (("tasks", tasks[:, None], family.task_size),
                               ("observations", observations, family.observation_size),
                               ("actions", actions, family.action_size)):
         if array.ndim != 3 or len(array) != n or array.shape[2] != size:
             raise ValueError(f"demonstrations: {name} have shape {array.shape}, which does not fit {family.name}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"demonstrations: {name} are not all finite")
     if observations.shape[1] != actions.shape[1]:
         raise ValueError("demonstrations: observations and actions differ in length")
     return tasks, observations, actions

@@ -16,9 +16,11 @@ import json
 import os
 import pickle
 import platform
+import struct
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +72,7 @@ def load_checkpoint(path, kind):
         content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise UserError(f"no {path}: train first, or name the folder of a finished run") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error, pickle.UnpicklingError):
         raise UserError(f"{path} is truncated or not a checkpoint of this program: delete it to train anew") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} checkpoint of this program: delete it, or name another folder")
@@ -90,7 +92,7 @@ def read_goals(path, family):
         goals = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"no goals file {path}: save an array of shape (n, {family.task_size}) with numpy.save") from None
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         raise UserError(f"{path} is no npy file: save an array of shape (n, {family.task_size}) with numpy.save") from None
     if not isinstance(goals, np.ndarray):
         raise UserError(f"{path} is an npz archive: save one array of shape (n, {family.task_size}) with numpy.save")
@@ -298,9 +300,9 @@ def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, se
 
     chunks = np.array_split(tasks, -(-len(tasks) // 50))  # bounds memory, whatever the number of goals
     with progress_bar("evaluation", len(tasks), 0) as bar:
-        for chunk in chunks:
-            result = gmps.evaluate(family, theta, alpha, policy["scales"], chunk, gradient_steps, settings,
-                                   seed + bar.n, threads)
+        for number, chunk in enumerate(chunks):
+            result = gmps.evaluate(family, theta, alpha, policy["scales"], chunk, gradient_steps, settings, seed,
+                                   threads, number)
             path = path or [{name: value[:1] for name, value in phi.items()} for phi in result["path"]]
             for name, kind in (("held_out", "mean"), ("held_out_sampled", "sampled")):
                 for k in range(gradient_steps + 1):
@@ -456,6 +458,8 @@ def parse(arguments):
             raise UserError(f"{name} must be between {low} and {high}, not {value}")
     if options.evaluate is None and options.goals is not None:
         raise UserError("--goals goes with --evaluate DIR")
+    if options.evaluate is not None and (options.quick or options.set):
+        raise UserError("--quick and --set are for training: leave them out beside --evaluate")
     try:
         torch.empty(1, device=options.device)
     except (RuntimeError, AssertionError):
