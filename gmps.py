@@ -34,8 +34,8 @@ def init_policy(family, settings, generator, dtype=torch.float32):
 def init_step_sizes(theta, settings):
     """alpha: one step size per element of theta, the same for every inner step.
 
-    log-std's starts at 0: the outer loss sees mean actions only, so nothing but a further inner step gives alpha's log-std
-    elements a gradient. With inner_steps 1 they stay 0, and exploration noise does not drift while a policy adapts.
+    That of log-std is 0 and stays so [ours]: the outer loss sees mean actions only, and left to learn, it lets the
+    exploration noise drift up while a policy adapts. The noise itself, theta's log-std, is meta-learned.
     """
     return {name: torch.full_like(value, 0.0 if name == "log_std" else settings.init_step_size)
             for name, value in theta.items()}
@@ -300,6 +300,7 @@ class MetaLearner:
         alpha = init_step_sizes(theta, settings)
         self.theta, self.alpha = ({name: value.to(device).requires_grad_() for name, value in detached(params).items()}
                                   for params in (theta, alpha))
+        self.alpha["log_std"].requires_grad_(False)
         self.rates = [settings.learning_rate, settings.step_size_learning_rate]
         self.optimiser = torch.optim.Adam([{"params": list(self.theta.values())}, {"params": list(self.alpha.values())}])
         self.scales, self.collection, self.env_steps = [], 0, 0
