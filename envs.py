@@ -8,7 +8,8 @@ environments. `SingleEnv` is the batch of one behind the plain gymnasium API.
     env = gymnasium.make("gmps/SawyerPush-v0")                       # one environment
     env = gymnasium.make_vec("gmps/SawyerPush-v0", num_envs=400)     # a batch
 
-A new family is one class with the attributes and methods of `SawyerPush`, an entry in `FAMILIES`, and no more.
+A new family is one class with the attributes and methods of `SawyerPush`, and its entry in `FAMILIES` (and its name
+among the choices of settings.py).
 
 Sources: the tasks of "Guided Meta-Policy Search" (Mendonca et al., NeurIPS 2019, arXiv 1904.00956v2) with the
 constants of the authors' release; lengths in metres, angles in radians, time in seconds throughout.
@@ -235,7 +236,8 @@ def _text(numbers):
 class BatchEnv(gymnasium.vector.VectorEnv):
     """B environments of one family behind gymnasium's vector API (next-step autoreset).
 
-    `reset(options={"task": array})` takes one task (task_size,) for all or one each (B, task_size). Results depend
+    `reset(options={"task": array})` takes one task (task_size,) for all or one each (B, task_size), for the episodes
+    that it starts; as gymnasium has it, an autoreset knows no options and draws a task anew. Results depend
     neither on `threads` nor on B: every environment is integrated from its own full state with a cold-started solver.
     An environment whose simulator diverges keeps its last good state, ends with a finite reward, `terminated`
     true, and is counted in `divergences`; the others go on.

@@ -254,8 +254,9 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
 
     `env`: BatchEnv of len(tasks) * settings.episodes environments. `demonstrations`: D* of step 2, grown in place.
     `experts`: callable (observations (n, B, obs), tasks (n, task)) -> actions (n, B, act), or None to learn from the
-    demonstrations alone. `theta`: start parameters. `state`: one yielded before, to go on from there with the same
-    bits. FloatingPointError when the meta-objective is no longer finite.
+    demonstrations alone. `theta`: start parameters. `state`: one yielded before, to go on from there with the same bits,
+    given the demonstrations of step 2 again, not the grown ones. FloatingPointError when the meta-objective is no longer
+    finite.
     """
     family, n = env.family, len(tasks)
     learner = MetaLearner(theta, demonstrations, settings, state, device)

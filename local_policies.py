@@ -263,7 +263,7 @@ def run_experts(env, experts, tasks, generator=None, noise=0.0):
     n = len(tasks)
 
     def act(observation):
-        action = experts(observation.reshape(n, -1, observation.shape[-1]), tasks)
+        action = np.array(experts(observation.reshape(n, -1, observation.shape[-1]), tasks))
         if generator is not None:
             action[:, 1:] += generator.normal(0.0, noise, action[:, 1:].shape).astype(action.dtype)
         return action.reshape(env.num_envs, -1)

@@ -122,7 +122,8 @@ def open_folder(out, settings):
             raise UserError(f"{saved} is not readable: delete the folder or choose another with --out") from None
         if found != wanted:
             names = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k)) if isinstance(found, dict) else []
-            raise UserError(f"{out} holds another run (other {', '.join(names[:4])}): choose another folder with --out")
+            raise UserError(f"{out} holds another run (other {', '.join(names[:4]) or 'settings'}): choose another folder "
+                            "with --out")
     elif (out / "result.json").exists():
         raise UserError(f"{out} holds another result.json: choose another folder with --out")
     else:
@@ -310,7 +311,7 @@ def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, se
             env = BatchEnv(len(chunk), family, threads)
             without = gmps.collect(env, chunk, gmps.per_task(imitation, len(chunk)), settings, None)
             rolled = [("no_adaptation", without)]
-            if experts is not None and experts.contextual:
+            if experts is not None and getattr(experts, "contextual", False):
                 rolled.append(("experts_held_out", run_experts(env, experts, chunk)))
             for name, episodes in rolled:
                 lists[name] += records(chunk, episodes["rewards"].sum(1), episodes["distances"][:, -1])
@@ -445,22 +446,29 @@ def parse(arguments):
     parser.add_argument("--quick", action="store_true", help="every phase on tiny budgets, under a minute")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of settings.py")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="adapt the trained policy in DIR instead of training")
-    parser.add_argument("--goals", type=Path, help="npy file of goals (n, 2) in metres (default: the held-out goals)")
-    parser.add_argument("--gradient-steps", type=int, default=5)
-    parser.add_argument("--rollouts", type=int, default=20, help="per task and gradient step")
+    parser.add_argument("--goals", type=Path,
+                        help="with --evaluate: npy file of goals, (n, 2) in metres for push (default: the held-out goals)")
+    parser.add_argument("--gradient-steps", type=int, help="with --evaluate (default 5)")
+    parser.add_argument("--rollouts", type=int, help="with --evaluate: per task and gradient step (default 20)")
     options = parser.parse_args(arguments)
     if options.task not in FAMILIES:
         raise UserError(f"unknown task {options.task!r}: choose one of {', '.join(FAMILIES)}")
     for name, value, low, high in (("--seed", options.seed, 0, 2 ** 31 - 1), ("--threads", options.threads, 1, 1024),
                                    ("--rollouts", options.rollouts, 2, 10_000),
                                    ("--gradient-steps", options.gradient_steps, 0, 1000)):
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise UserError(f"{name} must be between {low} and {high}, not {value}")
-    if options.evaluate is None and options.goals is not None:
-        raise UserError("--goals goes with --evaluate DIR")
+    if options.evaluate is None:
+        for name in ("goals", "gradient_steps", "rollouts"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} goes with --evaluate DIR; training has --set NAME=VALUE")
+    options.gradient_steps = 5 if options.gradient_steps is None else options.gradient_steps
+    options.rollouts = options.rollouts or 20
     if options.evaluate is not None and (options.quick or options.set):
         raise UserError("--quick and --set are for training: leave them out beside --evaluate")
     try:
+        if torch.device(options.device).type not in ("cpu", "cuda"):
+            raise RuntimeError
         torch.empty(1, device=options.device)
     except (RuntimeError, AssertionError):
         raise UserError(f"no device {options.device!r} here: use --device cpu") from None
@@ -471,11 +479,16 @@ def train(options):
     try:
         preset = settings_module.LOCAL if options.experts == "local" else {}
         preset = preset | (settings_module.QUICK if options.quick else {})
+        changed = settings_module.from_strings(options.set)
+        for name in ("task", "seed", "experts"):
+            if name in changed:
+                raise UserError(f"--set {name}: use --{name}")
         given = {"task": options.task, "seed": options.seed, "experts": options.experts}
-        chosen = settings_module.Settings(**(preset | given | settings_module.from_strings(options.set)))
+        chosen = settings_module.Settings(**(preset | given | changed))
     except ValueError as error:
         raise UserError(str(error)) from None
-    default = f"runs/{chosen.task}/gmps/seed{chosen.seed}" + ("_quick" if options.quick else "")
+    kind = ("_local" if chosen.experts == "local" else "") + ("_quick" if options.quick else "")
+    default = f"runs/{chosen.task}/gmps/seed{chosen.seed}{kind}"
     run = Run(chosen, options.out or Path(default), options.device, options.threads)
     open_folder(run.out, chosen)
     print("settings: " + ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(chosen).items()))

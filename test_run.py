@@ -200,11 +200,12 @@ def refused(capsys, *arguments):
     (["--task", "pull"], "pull"), (["--nonsense"], "--nonsense"), (["--set", "nonsense=1"], "nonsense"),
     (["--set", "hidden"], "hidden"), (["--set", "hidden=0"], "hidden"), (["--set", "hidden=x"], "hidden"),
     (["--set", "learning_rate=nan"], "learning_rate"), (["--set", "discount=1.5"], "discount"),
-    (["--set", "experts=none"], "experts"), (["--experts", "none"], "none"), (["--seed", "-1"], "seed"),
+    (["--set", "experts=none"], "experts"),
+    (["--set", "seed=1"], "--seed"), (["--device", "meta"], "meta"), (["--experts", "none"], "none"), (["--seed", "-1"], "seed"),
     (["--seed", "x"], "seed"), (["--seed", "99999999999"], "seed"), (["--rollouts", "0"], "rollouts"),
     (["--gradient-steps", "-1"], "gradient-steps"), (["--threads", "0"], "threads"),
     (["--device", "cuda:99"], "cuda:99"), (["--device", "abacus"], "abacus"),
-    (["--goals", "goals.npy"], "--evaluate"), (["--out"], "--out")])
+    (["--goals", "goals.npy"], "--evaluate"), (["--rollouts", "5"], "--evaluate"), (["--out"], "--out")])
 def test_bad_argument_is_refused_in_one_line(capsys, arguments, word):
     assert word in refused(capsys, "--quick", *arguments)
 
