@@ -305,11 +305,7 @@ class BatchEnv(gymnasium.vector.VectorEnv):
             self.tasks = np.broadcast_to(rows, (self.num_envs, self.family.task_size)).copy()
         self._restart(self._all)
         self._outcome = self.family.outcome(self.sensors)
-        return self.family.observe(self.sensors).copy(), self._info(np.zeros_like(self._start_action))
-
-    @property
-    def _start_action(self):
-        return np.zeros((self.num_envs, self.family.action_size))
+        return self.family.observe(self.sensors).copy(), self._info(np.zeros((self.num_envs, self.family.action_size)))
 
     def _restart(self, which):
         self.state[which], self.control[which] = self._start_state, self._start_control

@@ -529,10 +529,7 @@ def main(arguments=None):
         options = parse(arguments)
         torch.set_num_threads(options.threads)
         (evaluate if options.evaluate else train)(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
+    except (UserError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
