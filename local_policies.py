@@ -154,11 +154,10 @@ class SoftActorCritic:
         self.optimisers[name].step()
 
     @torch.no_grad()
-    def act(self, observation, generator=None):
-        """Actions (N, B, act) for observations (N, B, obs): sampled with `generator`, else the mean action."""
-        if generator is None:
+    def act(self, observation, noise=None):
+        """Actions (N, B, act) for observations (N, B, obs): with standard normal `noise` (N, B, act), else the mean."""
+        if noise is None:
             return policy_mean(self.policy, observation)
-        noise = torch.randn(*observation.shape[:2], self.action_size, generator=generator).to(self.device)
         return policy_sample(self.policy, observation, noise)[0]
 
     def state_dict(self):
@@ -286,6 +285,18 @@ def run_experts(env, experts, tasks, generator=None, noise=0.0):
     return rollout(env, act, np.repeat(tasks, env.num_envs // n, axis=0))
 
 
+def correlated_noise(shape, correlation, generator):
+    """Endless standard normal noise of that shape, each correlated with the one before [ours].
+
+    Every action is still distributed as the policy says, but an ant that is controlled at 100 Hz moves its legs only by
+    noise that lasts.
+    """
+    noise = torch.randn(shape, generator=generator)
+    while True:
+        yield noise
+        noise = correlation * noise + math.sqrt(1 - correlation ** 2) * torch.randn(shape, generator=generator)
+
+
 def train_experts(env, tasks, settings, state=None, device="cpu"):
     """Step 1 of the algorithm. A generator that yields (experts, state, metrics) after every iteration.
 
@@ -309,12 +320,15 @@ def train_experts(env, tasks, settings, state=None, device="cpu"):
 
     for iteration in range(first, settings.expert_iterations):
         rng, generator = random_streams(settings.seed, "experts", iteration)
+        noise = correlated_noise((learners, env.num_envs // learners, family.action_size),
+                                 settings.expert_noise_correlation, generator)
 
         def explore(observation):
             if iteration == 0:
                 return rng.uniform(-1, 1, (env.num_envs, family.action_size))
             x = expert_input(family, observation, task_of_env if contextual else None)
-            return learner.act(x.view(learners, -1, x.shape[-1]).to(device), generator).flatten(0, 1).cpu().numpy()
+            x = x.view(learners, -1, x.shape[-1])
+            return learner.act(x.to(device), next(noise).to(device)).flatten(0, 1).cpu().numpy()
 
         episodes = rollout(env, explore, task_of_env)
         replay.add(episodes)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import gmps
 import settings as settings_module
-from envs import FAMILIES, BatchEnv, check_tasks, task_set
+from envs import FAMILIES, BatchEnv, check_tasks, make_family, task_set
 from local_policies import Experts, make_demonstrations, run_experts, save_demonstrations, train_experts
 
 FORMAT = "gmps checkpoint 1"
@@ -133,7 +133,7 @@ def open_folder(out, settings):
 def commit():
     """Commit of the code, "-dirty" where a module that this program uses differs from it, "unknown" outside a checkout."""
     folder = Path(__file__).parent
-    modules = [folder / f"{name}.py" for name in ("envs", "gmps", "local_policies", "run", "settings")]
+    modules = [folder / f"{name}.py" for name in ("ant", "envs", "gmps", "local_policies", "run", "sawyer", "settings")]
 
     def git(*arguments):
         return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()
@@ -149,7 +149,7 @@ class Run:
 
     def __init__(self, settings, out, device, threads):
         self.settings, self.out, self.device, self.threads = settings, out, device, threads
-        self.family = FAMILIES[settings.task]()
+        self.family = make_family(settings.task, settings.reward)
         self.training_tasks = task_set(self.family, "train", settings.training_tasks)
         self.rows, self.env_steps, self.wall_seconds = [], {}, {}
         self.phase, self.started = None, None
@@ -237,7 +237,7 @@ def experts_phase(run):
 def expert_policies(content, device="cpu"):
     """`Experts` from the content of experts.pt."""
     settings = content["settings"]
-    family = FAMILIES[settings.task]()
+    family = make_family(settings.task, settings.reward)
     return Experts(family, [p.to(device) for p in content["policy"]], task_set(family, "train", settings.training_tasks),
                    settings.experts == "contextual")
 
@@ -504,7 +504,7 @@ def evaluate(options):
     settings = policy["settings"]
     if settings.task != options.task:
         raise UserError(f"{options.evaluate} holds a policy for {settings.task}: give --task {settings.task}")
-    family = FAMILIES[settings.task]()
+    family = make_family(settings.task, settings.reward)
     goals = read_goals(options.goals, family) if options.goals else task_set(family, "held_out", settings.held_out_tasks)
     experts_file = options.evaluate / "experts.pt"
     experts = expert_policies(load_checkpoint(experts_file, "experts"), options.device) if experts_file.exists() else None

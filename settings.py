@@ -17,9 +17,10 @@ def one_of(default, *choices):
 
 @dataclass(frozen=True)
 class Settings:
-    task: str = one_of("push", "push")
+    task: str = one_of("push", "push", "ant")
     seed: int = within(0, 0, 2 ** 31 - 1)
     experts: str = one_of("contextual", "contextual", "local")
+    reward: str = one_of("dense", "dense", "sparse")
 
     # Tasks; each split is a fixed set of its own (envs.task_set)
     training_tasks: int = within(40, 2, 1000)         # [ours; release: 20]
@@ -36,6 +37,7 @@ class Settings:
     expert_target_rate: float = within(0.02, 1e-5, 1.0)   # Polyak averaging of the target critics, "tau" [SAC: 0.005]
     expert_reward_scale: float = within(0.1, 1e-6, 1e6)
     expert_entropy: float = within(-1.0, -10.0, 2.0)  # target entropy per action dimension [SAC]
+    expert_noise_correlation: float = within(0.0, 0.0, 0.999)  # of exploration noise from step to step [ours]
     expert_relabelled: float = within(0.8, 0.0, 1.0)  # share of a batch that is relabelled (local_policies.Replay)
 
     # Demonstrations, step 2
