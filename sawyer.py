@@ -147,7 +147,7 @@ class SawyerPush:
         return np.zeros(len(state), bool)
 
     def outcome(self, state, sensors):
-        """Sensor readings (B, 12) -> (B, 6), all that a reward for any goal needs: block xyz, midpoint of both fingertips."""
+        """Sensor readings (B, 12) -> (B, 6), all that a reward for any goal needs: block, midpoint of both fingertips."""
         return np.concatenate([sensors[:, 3:6], 0.5 * (sensors[:, 6:9] + sensors[:, 9:12])], axis=1)
 
     def next_control(self, control, action):

@@ -11,6 +11,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import envs
+import sawyer
 from conftest import HORIZON, PUSH, REFERENCE, push_north, random_actions, record
 from envs import BatchEnv, SawyerPush, rollout, task_set
 
@@ -289,13 +290,13 @@ def test_training_goals_cover_the_range_evenly():
 
 def test_model_has_seven_joints_listed_masses_and_the_weld():
     model = BatchEnv(1).model
-    for index, (name, _, _, joint_range, mass) in enumerate(envs.ARM):
+    for index, (name, _, _, joint_range, mass) in enumerate(sawyer.ARM):
         body = model.body(name).id
         assert model.body_mass[body] == pytest.approx(mass, rel=1e-9)
         assert model.body_jntnum[body] == 1 and model.jnt_bodyid[index] == body
         assert model.jnt_type[index] == envs.mujoco.mjtJoint.mjJNT_HINGE
         assert np.allclose(model.jnt_range[index], [float(x) for x in joint_range.split()])
-    assert len(envs.ARM) == 7 and sum(m for *_, m in envs.ARM) == pytest.approx(17.08)
+    assert len(sawyer.ARM) == 7 and sum(m for *_, m in sawyer.ARM) == pytest.approx(17.08)
     assert model.neq == 1 and model.eq_type[0] == envs.mujoco.mjtEq.mjEQ_WELD
     assert {model.body(model.eq_obj1id[0]).name, model.body(model.eq_obj2id[0]).name} == {"mocap", "hand"}
     assert model.opt.timestep == 0.01 and PUSH.frame_skip == 5 and model.opt.iterations == 50
