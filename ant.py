@@ -91,6 +91,7 @@ class AntGoal:
     reward_weights = {"goal": 1.0, "control": 0.005, "contact": 0.0005, "survive": 0.05}
     sparse_distance = 0.8
     rewards = ("dense", "sparse")
+    baseline_products = [0, 1, 15, 16]  # observations whose products the baseline of the advantages sees: x, y, vx, vy
     goal_size, frames_every = (0.12, 0.12, 0.01), 4
 
     def __init__(self, reward="dense"):
@@ -157,6 +158,12 @@ class AntGoal:
     def training_tasks(self, count):
         """(count, 2) goals spread evenly over the quarter circle, both ends included."""
         return self.goals_at(np.linspace(*self.arc, count))
+
+    def bands(self):
+        """[(label, goals (n, 2))]: goals on the arc, and 15, 30 and 45 degrees beyond either of its ends."""
+        inside = [("on the arc", self.goals_at(np.radians([7.5, 22.5, 37.5, 52.5, 67.5, 82.5])))]
+        return inside + [(f"{beyond} degrees outside", np.tile(self.goals_at(np.radians([-beyond, 90 + beyond])), (3, 1)))
+                         for beyond in (15, 30, 45)]
 
     def goal_position(self, task):
         """Where a picture shows the goal."""

@@ -45,9 +45,10 @@ FAMILIES = {family.name: family for family in (SawyerPush, AntGoal)}
 TASK_STREAMS = {"validation": 202, "held_out": 303}
 
 
-def make_family(name, reward="dense"):
-    """The family of that name with that reward; ValueError where it has no such reward."""
+def make_family(name, reward=None):
+    """The family of that name, with that reward or its usual one; ValueError where it has no such reward."""
     family = FAMILIES[name]
+    reward = reward or family.rewards[0]
     if reward not in family.rewards:
         raise ValueError(f"{name} has no {reward} reward: choose {' or '.join(family.rewards)}")
     return family(reward)
@@ -97,7 +98,7 @@ class BatchEnv(gymnasium.vector.VectorEnv):
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20, "autoreset_mode": AutoresetMode.NEXT_STEP}
 
-    def __init__(self, num_envs=1, family="push", threads=None, render_mode=None, reward="dense"):
+    def __init__(self, num_envs=1, family="push", threads=None, render_mode=None, reward=None):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, not {num_envs}")
         if render_mode not in (None, "rgb_array"):
@@ -258,7 +259,7 @@ class SingleEnv(gymnasium.Env):
     """One environment: the batch of one, with gymnasium's plain API. `task` options have shape (task_size,)."""
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
-    def __init__(self, family="push", render_mode=None, reward="dense"):
+    def __init__(self, family="push", render_mode=None, reward=None):
         self.batch = BatchEnv(1, family, threads=1, render_mode=render_mode, reward=reward)
         self.render_mode = render_mode
         self.observation_space, self.action_space = self.batch.single_observation_space, self.batch.single_action_space

@@ -148,18 +148,20 @@ def collect(env, tasks, phi, settings, generator):
     return rollout(env, act, np.repeat(tasks, env.num_envs // n, axis=0))
 
 
-def linear_baseline(observation, returns, mask):
+def linear_baseline(observation, returns, mask, products):
     """Least-squares fit of returns on [s, s^2, s_i s_j, t, t^2, t^3, 1], per task (Duan et al. 2016; release's baseline).
 
-    The products s_i s_j are [ours]: the value of a block's distance to a goal is no sum over coordinates.
+    The products s_i s_j of the entries named in `products` are [ours]: the value of a block's distance to a goal is no
+    sum over coordinates.
 
     observation (n, K, T, obs) scaled, returns and mask (n, K, T) -> values (n, K, T). Computed in float64.
     """
     n, K, T, _ = observation.shape
     s = observation.double().clamp(-10, 10)
     t = (torch.arange(T, dtype=torch.float64, device=s.device) / 100).expand(n, K, T)[..., None]
-    i, j = torch.triu_indices(s.shape[-1], s.shape[-1], 1, device=s.device)
-    features = [s, s.square(), s[..., i] * s[..., j], t, t.square(), t ** 3, torch.ones_like(t)]
+    i, j = torch.triu_indices(len(products), len(products), 1, device=s.device)
+    crossed = s[..., products]
+    features = [s, s.square(), crossed[..., i] * crossed[..., j], t, t.square(), t ** 3, torch.ones_like(t)]
     features = torch.cat(features, dim=-1).view(n, K * T, -1)
     weighted = features * mask.double().view(n, K * T, 1)
     gram = weighted.mT @ features + 1e-5 * torch.eye(features.shape[-1], dtype=torch.float64, device=s.device)
@@ -176,10 +178,10 @@ def discounted_sum(values, factor):
     return out
 
 
-def advantages(observation, reward, mask, settings):
+def advantages(observation, reward, mask, products, settings):
     """Generalised advantage estimates (n, K, T), centred per task."""
     returns = discounted_sum(reward * mask, settings.discount)
-    value = linear_baseline(observation, returns, mask) * mask
+    value = linear_baseline(observation, returns, mask, products) * mask
     next_value = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], dim=-1)
     delta = reward + settings.discount * next_value - value
     advantage = discounted_sum(delta * mask, settings.discount * settings.gae_lambda)
@@ -199,7 +201,7 @@ def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None)
     observation = scaled(family, episodes["observations"][:, :-1], dtype).to(phi["z"].device)
     observation = observation.view(n, -1, *observation.shape[1:])  # (n, K, T, obs)
     mask = tensor(episodes["mask"])
-    advantage = advantages(observation, tensor(episodes["rewards"]), mask, settings)
+    advantage = advantages(observation, tensor(episodes["rewards"]), mask, family.baseline_products, settings)
     scale = (advantage.square().sum() / mask.sum()).sqrt() if advantage_scale is None else advantage_scale
     batch = {"observation": observation.flatten(1, 2), "action": tensor(episodes["actions"]).flatten(1, 2),
              "advantage": (advantage / scale).flatten(1, 2), "mask": mask.flatten(1, 2)}

@@ -79,13 +79,13 @@ def critic_values(params, observation, action):
 
 
 # ---------------------------------------------------------------- the three objectives (Haarnoja et al. 2018b)
-def critic_loss(critic, target_critic, policy, temperature, batch, discount, noise):
+def critic_loss(critic, target_critic, policy, temperature, batch, noise):
     """Soft Bellman residual (Eq. 5, 6), summed over learners. `batch` as of `Replay.sample`, `temperature` (N, 1)."""
     with torch.no_grad():
         next_action, next_log_prob = policy_sample(policy, batch["next_observation"], noise)
         next_value = critic_values(target_critic, batch["next_observation"], next_action).amin(0)
         # A time limit is no end of the task: only `terminated` stops the bootstrap.
-        target = batch["reward"] + discount * (1 - batch["terminated"]) * (next_value - temperature * next_log_prob)
+        target = batch["reward"] + batch["discount"] * (1 - batch["terminated"]) * (next_value - temperature * next_log_prob)
     value = critic_values(critic, batch["observation"], batch["action"])
     return 0.5 * (value - target).square().mean(-1).sum(), {"value": value.mean()}
 
@@ -129,8 +129,7 @@ class SoftActorCritic:
         next_noise, noise = torch.randn(shape, generator=generator).to(self.device)
         temperature = self.log_temperature.detach().exp()
 
-        loss, info = critic_loss(self.critic, self.target_critic, self.policy, temperature, batch,
-                                 self.settings.expert_discount, next_noise)
+        loss, info = critic_loss(self.critic, self.target_critic, self.policy, temperature, batch, next_noise)
         self._minimise("critic", loss, self.critic)
 
         frozen = [p.detach() for p in self.critic]  # the policy's loss asks for no critic gradients
@@ -179,11 +178,11 @@ class SoftActorCritic:
 
 class Replay:
     """Transitions in S streams, one per training task, all of the same length. Arrays (S, capacity, size)."""
-    FIELDS = ("observation", "action", "next_observation", "outcome", "terminated")
+    FIELDS = ("observation", "action", "next_observation", "outcome", "terminated", "end")  # end: of its episode
 
     def __init__(self, family, tasks, capacity):
         self.family, self.tasks, self.capacity, self.size = family, tasks, capacity, 0
-        widths = (family.observation_size, family.action_size, family.observation_size, family.outcome_size, 1)
+        widths = (family.observation_size, family.action_size, family.observation_size, family.outcome_size, 1, 1)
         self.data = {name: np.zeros((len(tasks), capacity, width), np.float32)
                      for name, width in zip(self.FIELDS, widths)}
 
@@ -194,8 +193,9 @@ class Replay:
         terminated = np.zeros_like(mask)
         ended = np.flatnonzero(episodes["terminated"])
         terminated[ended, mask[ended].sum(1).astype(int) - 1] = 1.0
+        ends = np.cumsum(mask.sum(1).reshape(streams, -1), axis=1).reshape(-1, 1)  # (S * E, 1), counted in its stream
         fields = (observations[:, :-1], episodes["actions"], observations[:, 1:], episodes["outcomes"],
-                  terminated[..., None])
+                  terminated[..., None], np.broadcast_to(ends, mask.shape)[..., None])
         kept = mask.reshape(streams, -1) > 0
         count = int(kept.sum(1).min())  # streams stay equally long; early ends drop a few of the others' transitions
         if self.size + count > self.capacity:
@@ -203,6 +203,8 @@ class Replay:
         for name, values in zip(self.FIELDS, fields):
             values = values.reshape(streams, -1, values.shape[-1])
             self.data[name][:, self.size:self.size + count] = np.stack([v[k][:count] for v, k in zip(values, kept)])
+        new_ends = self.data["end"][:, self.size:self.size + count]
+        new_ends[:] = self.size + np.minimum(new_ends, count)
         self.size += count
 
     def state_dict(self):
@@ -220,6 +222,9 @@ class Replay:
         transition met on one task is as good a sample of another. The contextual learner (N = 1) relabels a share
         `expert_relabelled` of its batch with another training goal, which is also what it sees; a local learner keeps
         its own task and takes that share of its transitions from everyone's replay.
+
+        A sample spans `expert_return_steps` transitions (fewer at the end of an episode): the reward is their discounted
+        sum, `discount` what is left of the value after them.
         """
         streams, shape = len(self.tasks), (learners, settings.expert_batch)
         stream = generator.integers(streams, size=shape)
@@ -230,11 +235,18 @@ class Replay:
             task = np.broadcast_to(np.arange(learners)[:, None], shape)
             stream = np.where(mixed, stream, task)
         index = generator.integers(self.size, size=shape)
-        batch = {name: values[stream, index] for name, values in self.data.items()}
-        task = self.tasks[task]
-        terms = self.family.reward_terms(batch.pop("outcome"), batch["action"], task)
-        batch["reward"] = settings.expert_reward_scale * sum(terms.values())
-        batch["terminated"] = batch["terminated"][..., 0]
+        task, data, span = self.tasks[task], self.data, np.arange(settings.expert_return_steps)
+        left = data["end"][stream, index, 0].astype(int) - index  # transitions left in the episode, (N, B)
+        steps = index[..., None] + np.minimum(span, left[..., None] - 1)  # (N, B, span)
+        last = steps[..., -1]
+        outcome, action = (data[name][stream[..., None], steps] for name in ("outcome", "action"))
+        reward = sum(self.family.reward_terms(outcome, action, task[..., None, :]).values())
+        weight = settings.expert_discount ** span * (span < left[..., None])
+        batch = {"observation": data["observation"][stream, index], "action": action[..., 0, :],
+                 "next_observation": data["next_observation"][stream, last],
+                 "reward": settings.expert_reward_scale * (reward * weight).sum(-1),
+                 "terminated": data["terminated"][stream, last, 0],
+                 "discount": settings.expert_discount ** np.minimum(len(span), left).astype(float)}
         for name in ("observation", "next_observation"):
             batch[name] = expert_input(self.family, batch[name], task if learners == 1 else None)
         return {name: torch.as_tensor(values, dtype=torch.float32) for name, values in batch.items()}
@@ -362,13 +374,13 @@ def make_demonstrations(env, experts, tasks, settings):
     return observations, experts(observations, tasks), int(episodes["mask"].sum())
 
 
-def save_demonstrations(file, tasks, observations, actions):
-    """npz with tasks (n, task), observations (n, M, obs) and actions (n, M, act)."""
-    np.savez_compressed(file, tasks=tasks, observations=observations, actions=actions)
+def save_demonstrations(file, tasks, observations, actions, env_steps):
+    """npz with tasks (n, task), observations (n, M, obs), actions (n, M, act) and the env steps that they took."""
+    np.savez_compressed(file, tasks=tasks, observations=observations, actions=actions, env_steps=env_steps)
 
 
 def load_demonstrations(file, family):
-    """(tasks, observations, actions) of `save_demonstrations`; ValueError where shapes are not those of `family`."""
+    """What `save_demonstrations` was given (env_steps 0 where missing); ValueError where shapes do not fit `family`."""
     data = np.load(file, allow_pickle=False)
     if not isinstance(data, np.lib.npyio.NpzFile):
         raise ValueError("demonstrations must be an npz file")
@@ -377,6 +389,7 @@ def load_demonstrations(file, family):
         if missing:
             raise ValueError(f"demonstrations lack {sorted(missing)}")
         tasks, observations, actions = data["tasks"], data["observations"], data["actions"]
+        env_steps = int(data["env_steps"]) if "env_steps" in data.files else 0
     n, tasks = len(observations), np.atleast_2d(tasks)
     for name, array, size in (("tasks", tasks[:, None], family.task_size),
                               ("observations", observations, family.observation_size),
@@ -387,4 +400,4 @@ def load_demonstrations(file, family):
             raise ValueError(f"demonstrations: {name} are not all finite")
     if observations.shape[1] != actions.shape[1]:
         raise ValueError("demonstrations: observations and actions differ in length")
-    return tasks, observations, actions
+    return tasks, observations, actions, env_steps

@@ -2,25 +2,21 @@
 
     python run.py --task push                       # experts, demonstrations, meta-training, evaluation, plot, video
     python run.py --task push --quick               # the same phases on tiny budgets, under a minute
+    python run.py --task all --seeds 3              # every task and seeds 0, 1, 2, one after the other
     python run.py --task push --evaluate DIR --goals goals.npy --gradient-steps 3 --rollouts 20 --out DIR2
+    python run.py --task ant --evaluate DIR --extrapolate --out DIR2    # goals outside the arc, 20 gradient steps
+    python run.py --task door --demos demonstrations.npz                # from demonstrations alone
 
 A run goes on from its last checkpoint when it is started again with the same command. This file holds what is not
-research: the command line, the phases in order, files, tables, plot and video.
+research: the command line, the phases in order, the closing table.
 """
 import argparse
-import contextlib
 import csv
 import dataclasses
-import io
-import json
 import os
-import pickle
 import platform
-import struct
-import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -29,128 +25,36 @@ from tqdm import tqdm
 
 import gmps
 import settings as settings_module
-from envs import FAMILIES, BatchEnv, check_tasks, make_family, task_set
+from envs import FAMILIES, BatchEnv, make_family, task_set
+from files import (
+    UserError,
+    commit,
+    load_checkpoint,
+    make_folder,
+    open_folder,
+    read_demonstrations,
+    read_goals,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
 from local_policies import Experts, make_demonstrations, run_experts, save_demonstrations, train_experts
+from pictures import draw_extrapolation, draw_plot, draw_video
 
-FORMAT = "gmps checkpoint 1"
 TABLE_STEPS = (0, 1, 2, 3, 5)  # gradient steps shown in the closing table
 EXPERT_CHECKPOINT_EVERY = 5    # iterations; the checkpoint holds the whole replay
-METRICS = ("phase", "iteration", "env_steps", "return", "distance", "adapted_return", "adapted_distance", "loss",
+METRICS = ("phase", "iteration", "env_steps", "return", "distance", "adapted_return", "adapted_distance",
            "imitation_0", "imitation_1", "temperature")
-
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit code 2."""
-
-
-# ---------------------------------------------------------------- files
-def write_atomically(path, write, mode="wb"):
-    """Write to a neighbour, then rename: a reader, or a run killed at any moment, finds the old file or the new."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, mode) as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror or error}; what was saved before is intact: "
-                        "make room and run the same command again to go on") from None
-
-
-def save_checkpoint(path, kind, settings, content):
-    buffer = io.BytesIO()  # torch.save hides a full disk behind an exception of its own
-    torch.save({"format": FORMAT, "kind": kind, "settings": dataclasses.asdict(settings), **content}, buffer)
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
-
-
-def load_checkpoint(path, kind):
-    """The dict that `save_checkpoint` wrote; UserError for a file that is missing, truncated or not ours."""
-    try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError:
-        raise UserError(f"no {path}: train first, or name the folder of a finished run") from None
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error, pickle.UnpicklingError):
-        raise UserError(f"{path} is truncated or not a checkpoint of this program: delete it to train anew") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("kind") != kind:
-        raise UserError(f"{path} is not a {kind} checkpoint of this program: delete it, or name another folder")
-    try:
-        content["settings"] = settings_module.from_dict(content["settings"])
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} was written with other settings ({error}): use the version that wrote it") from None
-    return content
-
-
-def write_json(path, content):
-    write_atomically(path, lambda file: json.dump(content, file, indent=1, allow_nan=False), "w")
-
-
-def read_goals(path, family):
-    try:
-        goals = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"no goals file {path}: save an array of shape (n, {family.task_size}) with numpy.save") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{path} is no npy file: save an array of shape (n, {family.task_size}) with numpy.save") from None
-    if not isinstance(goals, np.ndarray):
-        raise UserError(f"{path} is an npz archive: save one array of shape (n, {family.task_size}) with numpy.save")
-    try:
-        return check_tasks(family, goals)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def make_folder(out):
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".write_test").touch()
-        (out / ".write_test").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to the output folder {out}: {error.strerror}; choose another with --out") from None
-
-
-def open_folder(out, settings):
-    """Create `out`, or check that it is writable and holds this run's settings or none."""
-    make_folder(out)
-    saved, wanted = out / "settings.json", dataclasses.asdict(settings)
-    if saved.exists():
-        try:
-            found = json.loads(saved.read_text())
-        except (OSError, ValueError):
-            raise UserError(f"{saved} is not readable: delete the folder or choose another with --out") from None
-        if found != wanted:
-            names = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k)) if isinstance(found, dict) else []
-            raise UserError(f"{out} holds another run (other {', '.join(names[:4]) or 'settings'}): choose another folder "
-                            "with --out")
-    elif (out / "result.json").exists():
-        raise UserError(f"{out} holds another result.json: choose another folder with --out")
-    else:
-        write_json(saved, wanted)
-
-
-def commit():
-    """Commit of the code, "-dirty" where a module that this program uses differs from it, "unknown" outside a checkout."""
-    folder = Path(__file__).parent
-    modules = [folder / f"{name}.py" for name in ("ant", "envs", "gmps", "local_policies", "run", "sawyer", "settings")]
-
-    def git(*arguments):
-        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()
-    try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", *modules) else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 # ---------------------------------------------------------------- a run and its phases
 class Run:
     """Settings, folder, metrics rows, step and time counts of one run; they travel inside every checkpoint."""
 
-    def __init__(self, settings, out, device, threads):
-        self.settings, self.out, self.device, self.threads = settings, out, device, threads
+    def __init__(self, settings, out, device, threads, demos=None):
+        self.settings, self.out, self.device, self.threads, self.demos = settings, out, device, threads, demos
         self.family = make_family(settings.task, settings.reward)
-        self.training_tasks = task_set(self.family, "train", settings.training_tasks)
+        self.training_tasks = task_set(self.family, "train", settings.training_tasks) if demos is None else demos[0]
         self.rows, self.env_steps, self.wall_seconds = [], {}, {}
         self.phase, self.started = None, None
 
@@ -210,8 +114,15 @@ def describe(metrics):
 
 
 def experts_phase(run):
-    """Step 1. Leaves experts.pt with the policies; the learners' whole state, replay included, is dropped when done."""
+    """Step 1. Leaves experts.pt with the policies; the learners' whole state, replay included, is dropped when done.
+
+    A scripted expert needs no learning, and with the user's demonstrations there is none (None).
+    """
     final, partial, settings = "experts.pt", "experts_partial.pt", run.settings
+    if settings.experts in ("scripted", "demonstrations"):
+        run.env_steps.setdefault("experts", 0)
+        run.wall_seconds.setdefault("experts", 0.0)
+        return run.family.expert if settings.experts == "scripted" else None
     content = run.load(final, "experts")
     if content is None:
         content = run.load(partial, "experts in training")
@@ -243,13 +154,19 @@ def expert_policies(content, device="cpu"):
 
 
 def demonstrations_phase(run, experts):
-    """Step 2. Leaves demonstrations.npz; its env steps count as the experts'."""
+    """Step 2. Leaves demonstrations.npz, from which a run that goes on reads them; returns them and their env steps."""
     path = run.out / "demonstrations.npz"
-    env = run.batch_env(run.settings.training_tasks * run.settings.demonstration_episodes)
-    observations, actions, env_steps = make_demonstrations(env, experts, run.training_tasks, run.settings)
-    env.close()
     if not path.exists():
-        write_atomically(path, lambda file: save_demonstrations(file, run.training_tasks, observations, actions))
+        if run.demos is None:
+            env = run.batch_env(run.settings.training_tasks * run.settings.demonstration_episodes)
+            made = (run.training_tasks, *make_demonstrations(env, experts, run.training_tasks, run.settings))
+            env.close()
+        else:
+            made = (*run.demos, 0)
+        write_atomically(path, lambda file: save_demonstrations(file, *made))
+    tasks, observations, actions, env_steps = read_demonstrations(path, run.family)
+    if run.demos is not None and not all(map(np.array_equal, run.demos, (tasks, observations, actions))):
+        raise UserError(f"{path} holds other demonstrations: choose another folder with --out")
     return gmps.Demonstrations(observations, actions), env_steps
 
 
@@ -262,7 +179,7 @@ def meta_training_phase(run, experts, demonstrations, demonstration_steps):
         state = content and content["state"]
         run.begin("meta_training")
         if content is None:
-            run.env_steps["experts"] += demonstration_steps
+            run.env_steps["experts"] += demonstration_steps  # counted as the experts', like the time they take
             imitation = gmps.imitate(run.family, demonstrations, settings, run.device)
             run.save(partial, "policy in training", {"state": None, "no_adaptation": imitation})
         else:
@@ -324,7 +241,7 @@ def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, se
     return lists, env_steps, path
 
 
-def closing_table(lists, unit):
+def closing_table(lists, unit, title="held-out tasks"):
     """Aligned text table of means over tasks."""
     def row(label, records):
         if not records:
@@ -334,7 +251,7 @@ def closing_table(lists, unit):
 
     steps = sorted({record["gradient_steps"] for record in lists["held_out"]})
     shown = [k for k in steps if k in TABLE_STEPS or k == steps[-1]]
-    lines = [f"{'held-out tasks':<34}{'return':>8}{f'distance {unit}':>12}{'success':>10}"]
+    lines = [f"{title:<34}{'return':>8}{f'distance {unit}':>12}{'success':>10}"]
     for name, label in (("held_out", "mean action"), ("held_out_sampled", "sampled actions")):
         lines += [row(f"adapted, {k} step{'s' * (k != 1)}, {label}",
                       [r for r in lists[name] if r["gradient_steps"] == k]) for k in shown]
@@ -347,8 +264,8 @@ def evaluation_phase(run, policy, experts):
     run.begin("evaluation")
     settings = run.settings
     tasks = task_set(run.family, "held_out", settings.held_out_tasks)
-    lists, env_steps, path = evaluate_policy(run.family, policy, experts, tasks, max(TABLE_STEPS), settings.episodes,
-                                             settings, settings.seed, run.threads, run.device)
+    lists, env_steps, path = evaluate_policy(run.family, policy, experts, tasks, max(TABLE_STEPS),
+                                             settings.test_episodes, settings, settings.seed, run.threads, run.device)
     run.tick(env_steps)
     result = {"task": settings.task, "method": "gmps", "seed": settings.seed, "commit": commit(),
               "env_steps": run.env_steps, "wall_seconds": run.wall_seconds, "machine": machine(run.threads)} | lists
@@ -365,69 +282,6 @@ def machine(threads):
     return f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
 
 
-# ---------------------------------------------------------------- pictures
-def draw_plot(run, lists):
-    """learning.png: experts and meta-training against env steps, adaptation against gradient steps."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
-    rows = {phase: [row for row in run.rows if row["phase"] == phase] for phase in ("experts", "meta_training")}
-    axes[0].plot([r["env_steps"] for r in rows["experts"]], [r["return"] for r in rows["experts"]], color="tab:gray")
-    axes[0].set(title=f"{run.settings.experts} experts, sampled actions, training tasks", xlabel="environment steps",
-                ylabel="return per episode")
-    for key, label, color in (("return", "before adaptation (step 3a)", "tab:orange"),
-                              ("adapted_return", "adapted (step 3c)", "tab:blue")):
-        axes[1].plot([r["env_steps"] for r in rows["meta_training"]], [r.get(key, np.nan) for r in rows["meta_training"]],
-                     color=color, label=label)
-    axes[1].set(title="meta-training, sampled actions, training tasks", xlabel="environment steps",
-                ylabel="return per episode")
-    axes[1].legend()
-    steps = sorted({record["gradient_steps"] for record in lists["held_out"]})
-    for name, label, color in (("held_out", "mean action", "tab:blue"), ("held_out_sampled", "sampled actions", "tab:cyan")):
-        values = np.array([[r["final_distance"] for r in lists[name] if r["gradient_steps"] == k] for k in steps])
-        half = 1.96 * values.std(axis=1) / np.sqrt(values.shape[1])
-        axes[2].plot(steps, values.mean(1), "o-", color=color, label=f"adapted, {label}")
-        axes[2].fill_between(steps, values.mean(1) - half, values.mean(1) + half, color=color, alpha=0.2, linewidth=0)
-    for name, label, style in (("no_adaptation", "imitation, no adaptation", "--"),
-                               ("experts_held_out", "experts (told the goal)", ":")):
-        if lists[name]:
-            level = np.mean([r["final_distance"] for r in lists[name]])
-            axes[2].axhline(level, color="black", linestyle=style, label=label)
-    axes[2].set(title=f"adaptation on {len(values[0])} held-out tasks, 95% interval", xlabel="gradient steps",
-                ylabel=f"final distance to goal ({run.family.task_unit})", ylim=(0, None))
-    axes[2].legend()
-    write_atomically(run.out / "learning.png", lambda file: figure.savefig(file, format="png", dpi=110))
-    plt.close(figure)
-
-
-def draw_video(run, path, task):
-    """before_after.gif: the mean action on one held-out task, before and after adaptation, side by side, goal in green."""
-    import imageio.v3 as imageio
-    env = BatchEnv(1, run.family, 1, render_mode="rgb_array")
-    sides = []
-    try:
-        for phi in (path[0], path[3]):
-            observation, _ = env.reset(options={"task": task})
-            frames = [env.render()]
-            for _ in range(run.family.horizon):
-                with torch.no_grad():
-                    seen = gmps.scaled(run.family, observation).to(run.device)[None]
-                    action = gmps.policy_mean(phi, seen)[0].cpu().numpy()
-                observation, *_ = env.step(action)
-                frames.append(env.render())
-            sides.append(np.array(frames)[:, ::2, ::2])
-    except RuntimeError as error:
-        print(f"no video: {error}")
-        return
-    finally:
-        env.close()
-    film = np.concatenate(sides, axis=2)
-    write_atomically(run.out / "before_after.gif",
-                     lambda file: imageio.imwrite(file, film, extension=".gif", duration=50, loop=0))
-
-
 # ---------------------------------------------------------------- command line
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -436,36 +290,50 @@ class Parser(argparse.ArgumentParser):
 
 def parse(arguments):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="push", help=f"one of {', '.join(FAMILIES)}")
+    parser.add_argument("--task", default="push", help=f"one of {', '.join(FAMILIES)}, or all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--experts", choices=("contextual", "local"), default="contextual",
-                        help="one expert that is told the goal, or one learner per training task")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1, one after the other")
+    parser.add_argument("--reward", choices=("dense", "sparse"), help="default: the task's usual one")
+    parser.add_argument("--experts", choices=("contextual", "local"),
+                        help="one expert that is told the goal, or one learner per training task (door: scripted)")
+    parser.add_argument("--demos", type=Path, metavar="FILE",
+                        help="npz file of demonstrations (tasks, observations, actions): meta-train from them alone")
     parser.add_argument("--out", type=Path, help="output folder (default runs/TASK/gmps/seedSEED)")
     parser.add_argument("--device", default="cpu", help="for the networks: cpu or cuda")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of simulator and networks (default: all)")
     parser.add_argument("--quick", action="store_true", help="every phase on tiny budgets, under a minute")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of settings.py")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="adapt the trained policy in DIR instead of training")
-    parser.add_argument("--goals", type=Path,
-                        help="with --evaluate: npy file of goals, (n, 2) in metres for push (default: the held-out goals)")
-    parser.add_argument("--gradient-steps", type=int, help="with --evaluate (default 5)")
-    parser.add_argument("--rollouts", type=int, help="with --evaluate: per task and gradient step (default 20)")
+    parser.add_argument("--goals", type=Path, help="with --evaluate: npy file of goals (default: the held-out goals), (n, 2) in "
+                        "metres for push, push-vision and ant, (n, 1) in radians for door")
+    parser.add_argument("--gradient-steps", type=int, help="with --evaluate (default 5; 20 with --extrapolate)")
+    parser.add_argument("--rollouts", type=int, help="with --evaluate: per task and gradient step (default as trained)")
+    parser.add_argument("--extrapolate", action="store_true",
+                        help="with --evaluate, ant: goals 15, 30 and 45 degrees outside the training arc, and the figure")
     options = parser.parse_args(arguments)
-    if options.task not in FAMILIES:
-        raise UserError(f"unknown task {options.task!r}: choose one of {', '.join(FAMILIES)}")
+    if options.task not in (*FAMILIES, "all"):
+        raise UserError(f"unknown task {options.task!r}: choose one of {', '.join(FAMILIES)}, or all")
     for name, value, low, high in (("--seed", options.seed, 0, 2 ** 31 - 1), ("--threads", options.threads, 1, 1024),
-                                   ("--rollouts", options.rollouts, 2, 10_000),
+                                   ("--seeds", options.seeds, 1, 1000), ("--rollouts", options.rollouts, 2, 10_000),
                                    ("--gradient-steps", options.gradient_steps, 0, 1000)):
         if value is not None and not low <= value <= high:
             raise UserError(f"{name} must be between {low} and {high}, not {value}")
+    only_evaluation = ("goals", "gradient_steps", "rollouts", "extrapolate")
+    only_training = ("quick", "set", "seeds", "reward", "experts", "demos")
     if options.evaluate is None:
-        for name in ("goals", "gradient_steps", "rollouts"):
-            if getattr(options, name) is not None:
+        for name in only_evaluation:
+            if getattr(options, name):
                 raise UserError(f"--{name.replace('_', '-')} goes with --evaluate DIR; training has --set NAME=VALUE")
-    options.gradient_steps = 5 if options.gradient_steps is None else options.gradient_steps
-    options.rollouts = options.rollouts or 20
-    if options.evaluate is not None and (options.quick or options.set):
-        raise UserError("--quick and --set are for training: leave them out beside --evaluate")
+    else:
+        for name in only_training:
+            if getattr(options, name):
+                raise UserError(f"--{name} is for training: leave it out beside --evaluate")
+    if options.task == "all" and (options.evaluate or options.demos or options.reward or options.experts):
+        raise UserError("--task all takes no --evaluate, --demos, --reward or --experts: name one task")
+    if options.demos and options.experts:
+        raise UserError("--demos asks no experts: leave --experts out")
+    if options.extrapolate and (options.goals or options.task != "ant"):
+        raise UserError("--extrapolate has its own goals, those of --task ant: leave --goals out")
     try:
         if torch.device(options.device).type not in ("cpu", "cuda"):
             raise RuntimeError
@@ -475,23 +343,55 @@ def parse(arguments):
     return options
 
 
-def train(options):
+def choose_settings(options, task, seed, demos=None):
+    """Settings of one run from the command line: the defaults, then the task's, then those of the options."""
     try:
-        preset = settings_module.LOCAL if options.experts == "local" else {}
+        given = {"task": task, "seed": seed} | {name: getattr(options, name) for name in ("reward", "experts")
+                                                if getattr(options, name) is not None}
+        if demos is not None:
+            given |= {"experts": "demonstrations", "training_tasks": len(demos[0])}
+        preset = settings_module.TASKS[task] | (settings_module.LOCAL if options.experts == "local" else {})
         preset = preset | (settings_module.QUICK if options.quick else {})
         changed = settings_module.from_strings(options.set)
-        for name in ("task", "seed", "experts"):
+        for name in ("task", "seed", "experts", "reward"):
             if name in changed:
                 raise UserError(f"--set {name}: use --{name}")
-        given = {"task": options.task, "seed": options.seed, "experts": options.experts}
-        chosen = settings_module.Settings(**(preset | given | changed))
+        chosen = settings_module.Settings(**(preset | changed | given))
+        family = make_family(task, chosen.reward)
     except ValueError as error:
         raise UserError(str(error)) from None
-    kind = ("_local" if chosen.experts == "local" else "") + ("_quick" if options.quick else "")
-    default = f"runs/{chosen.task}/gmps/seed{chosen.seed}{kind}"
-    run = Run(chosen, options.out or Path(default), options.device, options.threads)
-    open_folder(run.out, chosen)
-    print("settings: " + ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(chosen).items()))
+    if (chosen.experts == "scripted") != hasattr(family, "expert") and chosen.experts != "demonstrations":
+        raise UserError(f"{task} has no {chosen.experts} experts")
+    return chosen
+
+
+def train(options):
+    """The runs that the command line names, one after the other; of several, those that are finished are left alone."""
+    tasks = list(FAMILIES) if options.task == "all" else [options.task]
+    seeds = [options.seed] if options.seeds is None else list(range(options.seeds))
+    several = len(tasks) * len(seeds) > 1
+    for task in tasks:
+        for seed in seeds:
+            demos = read_demonstrations(options.demos, make_family(task))[:3] if options.demos else None
+            settings = choose_settings(options, task, seed, demos)
+            kind = {"local": "_local", "demonstrations": "_demos"}.get(settings.experts, "")
+            kind += ("_sparse" if options.reward == "sparse" else "") + ("_quick" if options.quick else "")
+            out = options.out or Path("runs") / task / "gmps" / f"seed{seed}{kind}"
+            if options.out and several:
+                out = options.out / task / f"seed{seed}"
+            if several:
+                print(f"---- {task}, seed {seed}: {out}", flush=True)
+            run = Run(settings, out, options.device, options.threads, demos)
+            open_folder(out, settings)
+            if several and (out / "result.json").exists():
+                print("finished before")
+                continue
+            train_one(run)
+
+
+def train_one(run):
+    """All phases of one run."""
+    print("settings: " + ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(run.settings).items()))
     experts = experts_phase(run)
     demonstrations, demonstration_steps = demonstrations_phase(run, experts)
     policy = meta_training_phase(run, experts, demonstrations, demonstration_steps)
@@ -505,22 +405,33 @@ def evaluate(options):
     if settings.task != options.task:
         raise UserError(f"{options.evaluate} holds a policy for {settings.task}: give --task {settings.task}")
     family = make_family(settings.task, settings.reward)
-    goals = read_goals(options.goals, family) if options.goals else task_set(family, "held_out", settings.held_out_tasks)
+    rollouts = options.rollouts or settings.test_episodes
+    gradient_steps = (20 if options.extrapolate else 5) if options.gradient_steps is None else options.gradient_steps
+    if options.extrapolate:
+        goals = np.concatenate([goals for _, goals in family.bands()])
+    elif options.goals:
+        goals = read_goals(options.goals, family)
+    else:
+        goals = task_set(family, "held_out", settings.held_out_tasks)
     experts_file = options.evaluate / "experts.pt"
     experts = expert_policies(load_checkpoint(experts_file, "experts"), options.device) if experts_file.exists() else None
+    if settings.experts == "scripted":
+        experts = family.expert
     out = options.out or options.evaluate / "evaluation"
     if (out / "settings.json").exists():
         raise UserError(f"{out} holds a training run: choose another folder with --out")
     make_folder(out)
     started = time.perf_counter()
-    lists, env_steps, _ = evaluate_policy(family, policy, experts, goals, options.gradient_steps, options.rollouts,
-                                          settings, options.seed, options.threads, options.device)
+    lists, env_steps, _ = evaluate_policy(family, policy, experts, goals, gradient_steps, rollouts, settings, options.seed,
+                                          options.threads, options.device)
     seconds = policy["wall_seconds"] | {"evaluation": time.perf_counter() - started}
     write_json(out / "result.json", {
         "task": settings.task, "method": "gmps", "seed": options.seed, "commit": commit(), "trained_seed": settings.seed,
-        "env_steps": policy["env_steps"] | {"evaluation": env_steps}, "wall_seconds": seconds, "rollouts": options.rollouts,
+        "env_steps": policy["env_steps"] | {"evaluation": env_steps}, "wall_seconds": seconds, "rollouts": rollouts,
         "machine": machine(options.threads)} | lists)
-    print(closing_table(lists, family.task_unit))
+    print(closing_table(lists, family.task_unit, "your goals" if options.goals else "held-out tasks"))
+    if options.extrapolate:
+        draw_extrapolation(out, family, lists)
     print(f"results in {out}")
 
 

@@ -112,6 +112,7 @@ class SawyerPush:
     block_mass = 1.0
 
     observation_limit = 2.0  # metres: of gymnasium's observation space
+    baseline_products = [0, 1, 2, 3, 4, 5]  # observations whose products the baseline of the advantages sees
     goal_size = (0.02, 0.02, 0.002)  # of the mark that a picture shows: radius, radius, half height
     frames_every = 1  # steps per frame of a film
     rewards = ("dense", "sparse")

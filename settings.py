@@ -19,7 +19,7 @@ def one_of(default, *choices):
 class Settings:
     task: str = one_of("push", "push", "ant")
     seed: int = within(0, 0, 2 ** 31 - 1)
-    experts: str = one_of("contextual", "contextual", "local")
+    experts: str = one_of("contextual", "contextual", "local", "scripted", "demonstrations")
     reward: str = one_of("dense", "dense", "sparse")
 
     # Tasks; each split is a fixed set of its own (envs.task_set)
@@ -34,6 +34,7 @@ class Settings:
     expert_batch: int = within(256, 1, 65536)         # transitions per learner and update
     expert_learning_rate: float = within(2e-3, 1e-6, 1.0)
     expert_discount: float = within(0.95, 0.0, 1.0)   # [SAC: 0.99]
+    expert_return_steps: int = within(1, 1, 100)      # rewards summed before the critics' value takes over [SAC: 1]
     expert_target_rate: float = within(0.02, 1e-5, 1.0)   # Polyak averaging of the target critics, "tau" [SAC: 0.005]
     expert_reward_scale: float = within(0.1, 1e-6, 1e6)
     expert_entropy: float = within(-1.0, -10.0, 2.0)  # target entropy per action dimension [SAC]
@@ -61,6 +62,7 @@ class Settings:
     meta_steps: int = within(25, 1, 10_000)           # outer steps on one collection [release: 300 to 500]
     meta_batch: int = within(20, 1, 1000)             # tasks per meta-step [release: all]
     inner_steps: int = within(3, 1, 10)               # that the outer loss is differentiated through [release: 1]
+    test_episodes: int = within(20, 2, 10_000)        # K at meta-test [release: push 40, ant 50]
     aggregation_episodes: int = within(2, 0, 1000)    # per task and collection, step 3c; 0: none
     warm_up_steps: int = within(25, 1, 1_000_000)     # meta-steps over which the learning rates rise [ours]
     imitation_batch: int = within(200, 1, 100_000)    # labelled states per task and meta-step
@@ -84,13 +86,17 @@ class Settings:
                 raise ValueError(f"{spec.name} must be between {low:g} and {high:g}, not {value:g}")
 
 
+# What a task other than push wants otherwise
+ANT = dict(test_episodes=50)
+TASKS = {"push": {}, "ant": ANT}
+
 # `--experts local`: one small learner for each of the release's number of training goals
 LOCAL = dict(training_tasks=20, expert_episodes=4, expert_width=64, expert_batch=128, expert_updates=300,
              expert_iterations=60)
 
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40, collections=2, meta_steps=3,
-             imitation_steps=50, episodes=4)
+             imitation_steps=50, episodes=4, test_episodes=4)
 
 
 def from_strings(pairs):

@@ -21,6 +21,7 @@ from envs import BatchEnv, random_streams, rollout, task_set
 from settings import Settings
 
 # ---------------------------------------------------------------- the meta-learner: gradients
+PRODUCTS = PUSH.baseline_products
 TINY = Settings(hidden=8, bias_vector=2, init_std=0.6, min_std=0.3, init_step_size=0.1, pre_update_imitation=0.3,
                 episodes=2, imitation_batch=16)
 
@@ -302,7 +303,7 @@ def test_baseline_against_lstsq():
     """Ridge regression (1e-5) as numpy.linalg.lstsq on stacked equations, features written out one by one, masked."""
     observation, returns, mask = trajectories()
     mask[1, 2, 20:] = 0
-    value = gmps.linear_baseline(observation, returns, mask)
+    value = gmps.linear_baseline(observation, returns, mask, PRODUCTS)
     for i in range(2):
         rows, targets, kept = [], [], []
         for k in range(4):
@@ -325,7 +326,7 @@ def by_hand_advantages(observation, reward, lam, discount):
     reward, returns = reward.numpy(), np.zeros((n, K, T))
     for t in reversed(range(T)):
         returns[..., t] = reward[..., t] + (discount * returns[..., t + 1] if t + 1 < T else 0)
-    value = gmps.linear_baseline(observation, torch.as_tensor(returns), torch.ones(n, K, T).double()).numpy()
+    value = gmps.linear_baseline(observation, torch.as_tensor(returns), torch.ones(n, K, T).double(), PRODUCTS).numpy()
     advantage = np.zeros((n, K, T))
     for t in range(T):
         following = value[..., t + 1] if t + 1 < T else 0.0
@@ -339,7 +340,7 @@ def test_advantages_at_both_ends_of_lambda(lam):
     """1: discounted returns minus the baseline; 0: one-step temporal differences. Both centred per task."""
     observation, reward, mask = trajectories(seed=1)
     settings = dataclasses.replace(TINY, gae_lambda=lam, discount=0.9)
-    advantage = gmps.advantages(observation, reward, mask, settings)
+    advantage = gmps.advantages(observation, reward, mask, PRODUCTS, settings)
     assert np.allclose(advantage, by_hand_advantages(observation, reward, lam, 0.9), rtol=1e-8, atol=1e-9)
     assert advantage.mean((1, 2)).abs().max() < 1e-12
 
@@ -349,7 +350,7 @@ def test_advantages_between_are_the_weighted_sum_of_n_step_ones():
     observation, reward, mask = trajectories(n=1, K=2, T=6, seed=2)
     lam, discount = 0.5, 0.9
     settings = dataclasses.replace(TINY, gae_lambda=lam, discount=discount)
-    value = gmps.linear_baseline(observation, gmps.discounted_sum(reward, discount), mask).numpy()
+    value = gmps.linear_baseline(observation, gmps.discounted_sum(reward, discount), mask, PRODUCTS).numpy()
     expected = np.zeros((1, 2, 6))
     for k in range(2):
         for t in range(6):
@@ -361,18 +362,18 @@ def test_advantages_between_are_the_weighted_sum_of_n_step_ones():
             weights = [(1 - lam) * lam ** j for j in range(len(steps) - 1)] + [lam ** (len(steps) - 1)]
             expected[0, k, t] = np.dot(weights, steps)
     expected -= expected.mean()
-    assert np.allclose(gmps.advantages(observation, reward, mask, settings), expected, atol=1e-9)
+    assert np.allclose(gmps.advantages(observation, reward, mask, PRODUCTS, settings), expected, atol=1e-9)
 
 
 def test_padding_after_an_early_end_changes_nothing():
     """Other observations behind the end of an episode: same advantages before it, zeros behind it."""
     observation, reward, mask = trajectories(seed=3)
     mask[1, 2, 17:], reward[1, 2, 17:] = 0, 0  # as `envs.rollout` leaves them
-    advantage = gmps.advantages(observation, reward, mask, TINY)
+    advantage = gmps.advantages(observation, reward, mask, PRODUCTS, TINY)
     observation[1, 2, 17:] = 3.3
-    padded = gmps.advantages(observation, reward, mask, TINY)
+    padded = gmps.advantages(observation, reward, mask, PRODUCTS, TINY)
     assert torch.allclose(advantage, padded, rtol=0, atol=1e-9) and not padded[1, 2, 17:].any()
-    shorter = gmps.advantages(observation[:1], reward[:1], mask[:1], TINY)
+    shorter = gmps.advantages(observation[:1], reward[:1], mask[:1], PRODUCTS, TINY)
     assert torch.allclose(shorter, padded[:1], rtol=0, atol=1e-9), "and nothing in other tasks"
     assert abs((padded * mask).sum((1, 2))).max() < 1e-9
 

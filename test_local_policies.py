@@ -31,6 +31,7 @@ def sac_batch(learners, size, observation_size, action_size, generator):
             "action": torch.rand(*shape, action_size, generator=generator) * 2 - 1,
             "next_observation": torch.randn(*shape, observation_size, generator=generator),
             "reward": torch.randn(shape, generator=generator),
+            "discount": 0.5 + 0.4 * torch.rand(shape, generator=generator),
             "terminated": (torch.rand(shape, generator=generator) < 1 / 3).float()}
 
 
@@ -109,12 +110,12 @@ def test_critic_loss_by_hand(tiny_sac):
             next_value = min(numpy_values(nets["target"], i, data["next_observation"][i, j], next_action))
             target = data["reward"][i, j]
             if not data["terminated"][i, j]:
-                target += 0.9 * (next_value - temperature[i, 0].item() * log_prob)
+                target += data["discount"][i, j] * (next_value - temperature[i, 0].item() * log_prob)
             values = numpy_values(nets["critic"], i, data["observation"][i, j], data["action"][i, j])
             total += sum(0.5 * (value - target) ** 2 for value in values) / 9
             endings.add(bool(data["terminated"][i, j]))
     assert endings == {True, False}
-    loss, _ = local_policies.critic_loss(nets["critic"], nets["target"], nets["policy"], temperature, batch, 0.9, noise)
+    loss, _ = local_policies.critic_loss(nets["critic"], nets["target"], nets["policy"], temperature, batch, noise)
     assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
@@ -124,9 +125,10 @@ def test_terminated_transitions_do_not_bootstrap(tiny_sac):
 
     def loss(terminated, discount, shift):
         changed = batch | {"terminated": torch.full_like(batch["reward"], terminated),
+                           "discount": torch.full_like(batch["reward"], discount),
                            "next_observation": batch["next_observation"] + shift}
         return local_policies.critic_loss(nets["critic"], nets["target"], nets["policy"], temperature, changed,
-                                          discount, noise)[0].item()
+                                          noise)[0].item()
 
     assert loss(1.0, 0.9, 0.0) == loss(1.0, 0.1, 5.0)
     assert abs(loss(0.0, 0.9, 0.0) - loss(0.0, 0.1, 0.0)) > 1e-3
@@ -243,7 +245,8 @@ def sac_on_linear_quadratic(a, b, q, r, updates, learners, settings):
         u = rng.uniform(-1, 1, (learners, 128, b.shape[1]))
         learner.set_learning_rate(update / updates)
         learner.update({"observation": tensor(x), "action": tensor(u), "next_observation": tensor(x @ a.T + u @ b.T),
-                        "reward": tensor(-cost(x, u)), "terminated": torch.zeros(learners, 128)}, generator)
+                        "reward": tensor(-cost(x, u)), "terminated": torch.zeros(learners, 128),
+                        "discount": torch.full((learners, 128), settings.expert_discount)}, generator)
 
     start = rng.uniform(-1, 1, (200, states))
     best = np.einsum("ni,ij,nj", start, P, start)
@@ -371,6 +374,46 @@ def test_replay_drops_what_follows_an_early_end(filled):
     assert np.array_equal(replay.data["action"][1, 31:81], episodes["actions"][3])
 
 
+def test_replay_sums_rewards_over_several_steps(filled):
+    """Five steps by a loop: discounted rewards up to the end of the episode, and what is left of the value after them."""
+    tasks, episodes = filled
+    episodes = {key: value.copy() for key, value in episodes.items()}
+    episodes["mask"][2, 31:] = 0
+    episodes["terminated"][2] = True
+    replay = Replay(PUSH, tasks, 200)
+    replay.add(episodes)
+    settings = Settings(expert_batch=600, expert_relabelled=0.0, expert_reward_scale=1.0, expert_discount=0.9,
+                        expert_return_steps=5)
+    batch = replay.sample(np.random.default_rng(0), 1, settings)
+    place = {replay.data["action"][s, i].tobytes(): (s, i) for s in range(3) for i in range(replay.size)}
+    spans, ended = set(), set()
+    for i in range(600):
+        stream, index = place[batch["action"][0, i].numpy().tobytes()]
+        length = [50, 31][stream == 1]  # of the stream's first episode
+        environment, t, last = 2 * stream, index, length
+        if index >= length:  # second episode; its stream was cut to the shortest one's 81 transitions
+            environment, t, last = 2 * stream + 1, index - length, min(50, 81 - length)
+        span = min(5, last - t)
+        rewards = episodes["rewards"][environment, t:t + span]
+        assert batch["reward"][0, i].item() == pytest.approx((0.9 ** np.arange(span)) @ rewards, abs=2e-3)
+        assert batch["discount"][0, i].item() == pytest.approx(0.9 ** span)
+        seen = batch["next_observation"][0, i, :6].numpy() * 0.1 + [0, 0.6, 0.1, 0, 0.65, 0.02]
+        assert np.abs(seen - episodes["observations"][environment, t + span]).max() < 1e-6
+        assert batch["terminated"][0, i] == (environment == 2 and t + span == 31)
+        spans.add(span)
+        ended.add(bool(batch["terminated"][0, i]))
+    assert spans == {1, 2, 3, 4, 5} and ended == {True, False}
+
+
+def test_exploration_noise_is_standard_normal_and_lasts():
+    """Variance 1 at every step, correlation rho^k between noises k steps apart; six standard errors."""
+    noise = local_policies.correlated_noise((40_000,), 0.8, torch.Generator().manual_seed(0))
+    rows = torch.stack([next(noise) for _ in range(6)]).double()
+    moments = rows @ rows.T / 40_000
+    expected = 0.8 ** (torch.arange(6)[:, None] - torch.arange(6)).abs().double()
+    assert (moments - expected).abs().max() < 6 * math.sqrt(2 / 40_000)
+
+
 def test_learner_and_replay_go_on_from_a_checkpoint_with_the_same_bits(filled):
     tasks, episodes = filled
     settings = dataclasses.replace(SAC, expert_batch=16)
@@ -450,9 +493,9 @@ def test_demonstrations_are_visited_states_with_clean_labels():
 def test_demonstrations_file_round_trip(tmp_path):
     rng = np.random.default_rng(0)
     tasks, observations, actions = rng.normal(size=(2, 2)), rng.normal(size=(2, 7, 6)), rng.normal(size=(2, 7, 3))
-    local_policies.save_demonstrations(tmp_path / "d.npz", tasks, observations, actions)
+    local_policies.save_demonstrations(tmp_path / "d.npz", tasks, observations, actions, 150)
     loaded = local_policies.load_demonstrations(tmp_path / "d.npz", PUSH)
-    assert all(np.array_equal(a, b) for a, b in zip(loaded, (tasks, observations, actions), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(loaded, (tasks, observations, actions, 150), strict=True))
 
 
 @pytest.mark.parametrize("change", [
