@@ -304,8 +304,8 @@ def parse(arguments):
     parser.add_argument("--quick", action="store_true", help="every phase on tiny budgets, under a minute")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of settings.py")
     parser.add_argument("--evaluate", type=Path, metavar="DIR", help="adapt the trained policy in DIR instead of training")
-    parser.add_argument("--goals", type=Path, help="with --evaluate: npy file of goals (default: the held-out goals), (n, 2) in "
-                        "metres for push, push-vision and ant, (n, 1) in radians for door")
+    parser.add_argument("--goals", type=Path, help="with --evaluate: npy file of goals (default: the held-out goals), "
+                        "(n, 2) in metres for push, push-vision and ant, (n, 1) in radians for door")
     parser.add_argument("--gradient-steps", type=int, help="with --evaluate (default 5; 20 with --extrapolate)")
     parser.add_argument("--rollouts", type=int, help="with --evaluate: per task and gradient step (default as trained)")
     parser.add_argument("--extrapolate", action="store_true",
