@@ -15,6 +15,7 @@ Sources: the tasks of "Guided Meta-Policy Search" (Mendonca et al., NeurIPS 2019
 constants of the authors' release; lengths in metres, angles in radians, time in seconds throughout.
 """
 import ctypes.util
+import math
 import os
 import sys
 import warnings
@@ -316,6 +317,18 @@ def rollout(env, policy, tasks):
         alive &= ~terminated
         observation = next_observation
     return {key: np.stack(value, axis=1) for key, value in steps.items()} | {"terminated": ended}
+
+
+def correlated_noise(shape, correlation, generator):
+    """Endless standard normal noise of that shape, each correlated with the one before [ours].
+
+    Every action is still distributed as the policy says, but an ant that is controlled at 100 Hz moves its legs only by
+    noise that lasts.
+    """
+    noise = torch.randn(shape, generator=generator)
+    while True:
+        yield noise
+        noise = correlation * noise + math.sqrt(1 - correlation ** 2) * torch.randn(shape, generator=generator)
 
 
 STREAMS = ("experts", "demonstrations", "imitation", "meta-training", "evaluation")  # add at the end only

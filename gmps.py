@@ -14,7 +14,7 @@ import math
 import numpy as np
 import torch
 
-from envs import BatchEnv, random_streams, rollout
+from envs import BatchEnv, correlated_noise, random_streams, rollout
 
 
 # ---------------------------------------------------------------- policy
@@ -71,10 +71,12 @@ def log_prob(phi, observation, action, settings):
 def inner_loss(phi, batch, settings):
     """(n,): - mean_t log pi_phi(a_t|s_t) w_t A_t, with w_t = stopgrad(pi_phi) / pi_behaviour (paper's step 3b).
 
-    At the first meta-step pi_phi is the behaviour policy, and w is exactly 1.
+    At the first meta-step pi_phi is the behaviour policy, and w is exactly 1. `max_weight` bounds it later on [ours]: with
+    the ant's eight action dimensions single samples would outweigh all others.
     """
     log_probability = log_prob(phi, batch["observation"], batch["action"], settings)
     weight = ((log_probability.detach() - batch["log_prob"]) * batch["mask"]).exp()  # padding cannot overflow
+    weight = weight.clamp(max=settings.max_weight)
     return -(log_probability * weight * batch["advantage"] * batch["mask"]).sum(-1) / batch["mask"].sum(-1)
 
 
@@ -138,12 +140,14 @@ def collect(env, tasks, phi, settings, generator):
     Returns the episodes of `envs.rollout`, environments ordered by task.
     """
     n, std = len(tasks), policy_std(phi, settings)
+    noise = None if generator is None else correlated_noise((n, env.num_envs // n, env.family.action_size),
+                                                            settings.noise_correlation, generator)
 
     def act(observation):
         mean = policy_mean(phi, scaled(env.family, observation, std.dtype).to(std.device).view(n, -1, observation.shape[-1]))
-        noise = 0.0 if generator is None else torch.randn(mean.shape, generator=generator, dtype=mean.dtype).to(mean.device)
         # Not clipped here: the environment clips, and log pi must be that of the Gaussian's own sample.
-        return (mean + std * noise).flatten(0, 1).cpu().numpy()
+        action = mean if noise is None else mean + std * next(noise).to(mean)
+        return action.flatten(0, 1).cpu().numpy()
 
     return rollout(env, act, np.repeat(tasks, env.num_envs // n, axis=0))
 

@@ -17,7 +17,7 @@ import math
 import numpy as np
 import torch
 
-from envs import random_streams, rollout
+from envs import correlated_noise, random_streams, rollout
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
@@ -295,18 +295,6 @@ def run_experts(env, experts, tasks, generator=None, noise=0.0):
         return action.reshape(env.num_envs, -1)
 
     return rollout(env, act, np.repeat(tasks, env.num_envs // n, axis=0))
-
-
-def correlated_noise(shape, correlation, generator):
-    """Endless standard normal noise of that shape, each correlated with the one before [ours].
-
-    Every action is still distributed as the policy says, but an ant that is controlled at 100 Hz moves its legs only by
-    noise that lasts.
-    """
-    noise = torch.randn(shape, generator=generator)
-    while True:
-        yield noise
-        noise = correlation * noise + math.sqrt(1 - correlation ** 2) * torch.randn(shape, generator=generator)
 
 
 def train_experts(env, tasks, settings, state=None, device="cpu"):

@@ -53,6 +53,8 @@ class Settings:
     init_std: float = within(0.5, 1e-3, 10.0)         # of the exploration noise, learned from there [release: 1]
     min_std: float = within(0.35, 1e-6, 10.0)         # floor of the exploration noise [ours; release: 1e-6]
     init_step_size: float = within(0.03, 0.0, 10.0)    # alpha, then learned per element [release: 0.5]
+    noise_correlation: float = within(0.0, 0.0, 0.999)  # of the exploration noise from step to step [ours]
+    max_weight: float = within(1e6, 1.0, 1e30)        # of a sample in the inner step: pi / pi_behaviour [ours]
     episodes: int = within(20, 2, 10_000)             # K rollouts per task and inner step [release]
     discount: float = within(0.9, 0.0, 1.0)           # of advantages [ours; release: 0.99]
     gae_lambda: float = within(0.8, 0.0, 1.0)         # [ours; release: 1]

@@ -16,7 +16,7 @@ from conftest import (
     scripted_expert,
     through_bytes,
 )
-from envs import BatchEnv, rollout, task_set
+from envs import BatchEnv, correlated_noise, rollout, task_set
 from local_policies import Experts, Replay, SoftActorCritic
 from settings import Settings
 
@@ -407,7 +407,7 @@ def test_replay_sums_rewards_over_several_steps(filled):
 
 def test_exploration_noise_is_standard_normal_and_lasts():
     """Variance 1 at every step, correlation rho^k between noises k steps apart; six standard errors."""
-    noise = local_policies.correlated_noise((40_000,), 0.8, torch.Generator().manual_seed(0))
+    noise = correlated_noise((40_000,), 0.8, torch.Generator().manual_seed(0))
     rows = torch.stack([next(noise) for _ in range(6)]).double()
     moments = rows @ rows.T / 40_000
     expected = 0.8 ** (torch.arange(6)[:, None] - torch.arange(6)).abs().double()

@@ -26,8 +26,8 @@ from envs import BatchEnv, rollout, task_set
 from settings import Settings
 
 BUDGET = dict(training_tasks=2, held_out_tasks=2, expert_iterations=8, expert_updates=2, expert_episodes=2,
-              expert_width=8, expert_batch=16, demonstration_episodes=3, imitation_steps=3, hidden=8, episodes=3, test_episodes=3,
-              collections=3, meta_steps=2, inner_steps=2, aggregation_episodes=1, imitation_batch=10)
+              expert_width=8, expert_batch=16, demonstration_episodes=3, imitation_steps=3, hidden=8, episodes=3,
+              collections=3, meta_steps=2, inner_steps=2, aggregation_episodes=1, imitation_batch=10, test_episodes=3)
 ARGUMENTS = ["--quick", "--threads", "1", *(f"--set={name}={value}" for name, value in BUDGET.items())]
 
 
