@@ -386,17 +386,13 @@ def set_rates(optimiser, rates, progress, final=0.1):
 
 
 # ---------------------------------------------------------------- meta-test
-LATER_STEPS = 0.25  # [ours] each step past those meta-trained is this fraction of the one before: nothing has taught
-#                     alpha how far to go there, and full steps undo what the first ones gained
-
-
 def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed, threads=None, stream=0):
     """Adapt to every task by reward alone, `gradient_steps` policy-gradient steps of settings.episodes rollouts each.
 
     `tasks` (n, task); `stream` numbers the random stream of `seed` for the rollouts' noise. Returns {"mean": ..,
     "sampled": ..} of {"return", "distance"} arrays (gradient_steps + 1, n), for the mean action (one episode: simulator
     and policy are deterministic) and averaged over the sampled rollouts; "path", the adapted parameters after each
-    step; and "env_steps". Steps past those meta-trained use the last step's advantage scale and LATER_STEPS.
+    step; and "env_steps". Steps past those meta-trained use the last step's advantage scale and `later_steps`.
     """
     n = len(tasks)
     env, mean_env = BatchEnv(n * settings.episodes, family, threads), BatchEnv(n, family, threads)
@@ -413,7 +409,7 @@ def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed
             out["env_steps"] += int(rolled["mask"].sum())
         if k < gradient_steps:
             batch, _ = policy_gradient_batch(episodes, phi, family, settings, scales[min(k, len(scales) - 1)])
-            shrink = LATER_STEPS ** max(0, k + 1 - len(scales))  # as many scales as meta-trained steps
+            shrink = settings.later_steps ** max(0, k + 1 - len(scales))  # as many scales as meta-trained steps
             step_size = {name: shrink * value for name, value in alpha.items()}
             phi = detached(inner_step(phi, step_size, batch, settings, first_order=True))
     env.close(), mean_env.close()

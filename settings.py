@@ -64,6 +64,9 @@ class Settings:
     meta_steps: int = within(25, 1, 10_000)           # outer steps on one collection [release: 300 to 500]
     meta_batch: int = within(20, 1, 1000)             # tasks per meta-step [release: all]
     inner_steps: int = within(3, 1, 10)               # that the outer loss is differentiated through [release: 1]
+    # Each step past those meta-trained is this fraction of the one before: nothing has taught alpha how far to go there,
+    # and on push full steps undo what the first ones gained [ours]
+    later_steps: float = within(0.25, 0.0, 1.0)
     test_episodes: int = within(20, 2, 10_000)        # K at meta-test [release: push 40, ant 50]
     aggregation_episodes: int = within(2, 0, 1000)    # per task and collection, step 3c; 0: none
     warm_up_steps: int = within(25, 1, 1_000_000)     # meta-steps over which the learning rates rise [ours]
@@ -89,7 +92,12 @@ class Settings:
 
 
 # What a task other than push wants otherwise
-ANT = dict(test_episodes=50)
+ANT = dict(
+    expert_iterations=150, expert_episodes=1, expert_updates=800, expert_width=256, expert_learning_rate=1e-3,
+    expert_discount=0.99, expert_return_steps=10, expert_reward_scale=1.0, expert_noise_correlation=0.9,
+    demonstration_episodes=4, imitation_steps=1000,
+    discount=0.99, gae_lambda=0.95, noise_correlation=0.9, max_weight=2.0, init_std=0.4, min_std=0.3, episodes=24,
+    test_episodes=50, later_steps=0.9, meta_batch=10, meta_steps=35, init_step_size=0.02, step_size_learning_rate=6e-3)
 TASKS = {"push": {}, "ant": ANT}
 
 # `--experts local`: one small learner for each of the release's number of training goals
