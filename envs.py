@@ -1,6 +1,6 @@
 """Task families in MuJoCo, stepped as one batch.
 
-A *family* (`SawyerPush` in sawyer.py, `AntGoal` in ant.py) says what differs between tasks and between robots: model
+A *family* (`SawyerPush` in sawyer.py, `SawyerDoor` in door.py, `AntGoal` in ant.py) says what differs between tasks and between robots: model
 text, observation, reward terms, start state, task distribution. `BatchEnv` is the physics and the gymnasium vector
 API, written once for B environments: one call to `mujoco.rollout` steps them all on C++ threads, with no Python loop
 over environments. `SingleEnv` is the batch of one behind the plain gymnasium API.
@@ -34,6 +34,7 @@ from gymnasium.vector import AutoresetMode
 from mujoco.rollout import Rollout
 
 from ant import AntGoal
+from door import SawyerDoor
 from sawyer import SawyerPush
 
 FULL = int(mujoco.mjtState.mjSTATE_FULLPHYSICS)  # time, positions, velocities, activations
@@ -41,13 +42,15 @@ START_TIME = 1.0  # every episode's clock starts here: a simulator that resets i
 
 
 # ---------------------------------------------------------------- families and their tasks
-FAMILIES = {family.name: family for family in (SawyerPush, AntGoal)}
+FAMILIES = {family.name: family for family in (SawyerPush, AntGoal, SawyerDoor)}
 TASK_STREAMS = {"validation": 202, "held_out": 303}
 
 
-def make_family(name, reward="dense"):
-    """The family of that name with that reward; ValueError where it has no such reward."""
+def make_family(name, reward="default"):
+    """The family of that name with that reward, by default its first; ValueError where it has no such reward."""
     family = FAMILIES[name]
+    if reward == "default":
+        reward = family.rewards[0]
     if reward not in family.rewards:
         raise ValueError(f"{name} has no {reward} reward: choose {' or '.join(family.rewards)}")
     return family(reward)
@@ -97,7 +100,7 @@ class BatchEnv(gymnasium.vector.VectorEnv):
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20, "autoreset_mode": AutoresetMode.NEXT_STEP}
 
-    def __init__(self, num_envs=1, family="push", threads=None, render_mode=None, reward="dense"):
+    def __init__(self, num_envs=1, family="push", threads=None, render_mode=None, reward="default"):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, not {num_envs}")
         if render_mode not in (None, "rgb_array"):
@@ -214,7 +217,8 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         return ~good
 
     def _info(self, actions):
-        info = {"goal_distance": self.family.distance(self._outcome, self.tasks)}
+        distance = self.family.distance(self._outcome, self.tasks)
+        info = {"goal_distance": distance} | ({"angle_error": distance} if self.family.task_unit == "rad" else {})
         info |= self.family.reward_terms(self._outcome, actions, self.tasks)
         return info | {f"_{name}": self._all for name in info}
 
@@ -258,7 +262,7 @@ class SingleEnv(gymnasium.Env):
     """One environment: the batch of one, with gymnasium's plain API. `task` options have shape (task_size,)."""
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
-    def __init__(self, family="push", render_mode=None, reward="dense"):
+    def __init__(self, family="push", render_mode=None, reward="default"):
         self.batch = BatchEnv(1, family, threads=1, render_mode=render_mode, reward=reward)
         self.render_mode = render_mode
         self.observation_space, self.action_space = self.batch.single_observation_space, self.batch.single_action_space

@@ -17,10 +17,10 @@ def one_of(default, *choices):
 
 @dataclass(frozen=True)
 class Settings:
-    task: str = one_of("push", "push", "ant")
+    task: str = one_of("push", "push", "ant", "door")
     seed: int = within(0, 0, 2 ** 31 - 1)
     experts: str = one_of("contextual", "contextual", "local")
-    reward: str = one_of("dense", "dense", "sparse")
+    reward: str = one_of("default", "default", "dense", "sparse")  # default: the task's first
 
     # Tasks; each split is a fixed set of its own (envs.task_set)
     training_tasks: int = within(40, 2, 1000)         # [ours; release: 20]
