@@ -73,10 +73,12 @@ class SawyerDoor:
         self.reward = reward
 
     def xml(self):
-        steel, end = 'mass="0.1" condim="4" friction="1 0.005 0.0001" rgba="0.55 0.57 0.6 1"', GRASP[1] - BAR[1]
+        hard = 'priority="1" condim="4" friction="1 0.005 0.0001" solimp="0.99 0.999 0.001"'
+        steel, end = f'mass="0.1" {hard} rgba="0.55 0.57 0.6 1"', GRASP[1] - BAR[1]
         door = f"""<body name="door" pos="{_text(DOOR_CENTRE)}" euler="0 0 {DOOR_TURN}">
-          <joint name="hinge" axis="0 0 1" pos="{_text(HINGE)}" range="0 1.57" damping="{self.hinge_damping}"/>
-          <geom type="box" size="0.01 0.2 0.2" mass="{self.door_mass}" rgba="0.45 0.60 0.70 1"/>
+          <joint name="hinge" axis="0 0 1" pos="{_text(HINGE)}" range="0 1.57" damping="{self.hinge_damping}"
+            solimplimit="0.99 0.999 0.001"/>
+          <geom type="box" size="0.01 0.2 0.2" mass="{self.door_mass}" {hard} rgba="0.45 0.60 0.70 1"/>
           <geom type="box" size="0.042 {BAR[0]} {BAR[2]}" pos="0.052 {end + BAR[0]} 0" {steel}/>
           <geom type="box" size="{_text(BAR)}" pos="{_text(GRASP)}" {steel}/>
           <site name="grasp" pos="{_text(GRASP)}" size="0.005" rgba="0 0 0 0"/></body>
