@@ -18,7 +18,7 @@ CLAW_GAP, CLAW_WIDTH = 0.045, 0.015   # hand's centre to a claw's inner face alo
 
 
 def _turned(vector, angle):
-    """Vector(s) (..., 2 or 3) turned about z by `angle` (...)."""
+    """x, y (..., 2) of vectors (..., 2 or 3) turned about z by `angle` (...)."""
     x, y, c, s = vector[..., 0], vector[..., 1], np.cos(angle), np.sin(angle)
     return np.stack([c * x - s * y, s * x + c * y], axis=-1)
 
@@ -73,6 +73,7 @@ class SawyerDoor:
         self.reward = reward
 
     def xml(self):
+        # Contacts and limit are hard: the hand's target may run far ahead of the hand, and no claw may slip through a bar.
         hard = 'priority="1" condim="4" friction="1 0.005 0.0001" solimp="0.99 0.999 0.001"'
         steel, end = f'mass="0.1" {hard} rgba="0.55 0.57 0.6 1"', GRASP[1] - BAR[1]
         door = f"""<body name="door" pos="{_text(DOOR_CENTRE)}" euler="0 0 {DOOR_TURN}">
