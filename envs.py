@@ -1,9 +1,9 @@
 """Task families in MuJoCo, stepped as one batch.
 
-A *family* (`SawyerPush` in sawyer.py, `AntGoal` in ant.py) says what differs between tasks and between robots: model
-text, observation, reward terms, start state, task distribution. `BatchEnv` is the physics and the gymnasium vector
-API, written once for B environments: one call to `mujoco.rollout` steps them all on C++ threads, with no Python loop
-over environments. `SingleEnv` is the batch of one behind the plain gymnasium API.
+A *family* (`SawyerPush` in sawyer.py, `SawyerDoor` in door.py, `AntGoal` in ant.py) says what differs between tasks
+and between robots: model text, observation, reward terms, start state, task distribution. `BatchEnv` is the physics and
+the gymnasium vector API, written once for B environments: one call to `mujoco.rollout` steps them all on C++ threads,
+with no Python loop over environments. `SingleEnv` is the batch of one behind the plain gymnasium API.
 
     env = gymnasium.make("gmps/SawyerPush-v0")                       # one environment
     env = gymnasium.make_vec("gmps/SawyerPush-v0", num_envs=400)     # a batch
@@ -35,6 +35,7 @@ from gymnasium.vector import AutoresetMode
 from mujoco.rollout import Rollout
 
 from ant import AntGoal
+from door import SawyerDoor
 from sawyer import SawyerPush
 
 FULL = int(mujoco.mjtState.mjSTATE_FULLPHYSICS)  # time, positions, velocities, activations
@@ -42,7 +43,7 @@ START_TIME = 1.0  # every episode's clock starts here: a simulator that resets i
 
 
 # ---------------------------------------------------------------- families and their tasks
-FAMILIES = {family.name: family for family in (SawyerPush, AntGoal)}
+FAMILIES = {family.name: family for family in (SawyerPush, AntGoal, SawyerDoor)}
 TASK_STREAMS = {"validation": 202, "held_out": 303}
 
 
@@ -216,7 +217,8 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         return ~good
 
     def _info(self, actions):
-        info = {"goal_distance": self.family.distance(self._outcome, self.tasks)}
+        distance = self.family.distance(self._outcome, self.tasks)
+        info = {"goal_distance": distance} | ({"angle_error": distance} if self.family.task_unit == "rad" else {})
         info |= self.family.reward_terms(self._outcome, actions, self.tasks)
         return info | {f"_{name}": self._all for name in info}
 

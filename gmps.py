@@ -116,14 +116,17 @@ def imitation_loss(phi, observation, expert_action):
     return (executed(policy_mean(phi, observation)) - expert_action).square().sum(-1).mean()
 
 
-def meta_loss(theta, alpha, batches, demonstration, settings):
+def meta_loss(theta, alpha, batches, demonstration, settings, exploration=None):
     """The paper's meta-objective, averaged over the adapted phi_1 ... phi_k, and [ours] a little of it on phi_0.
 
     `demonstration`: a pair (observation (n, B, obs), expert action (n, B, act)). The loss on phi_0 keeps the
-    pre-update policy at the block: the paper's objective gives it no credit for what its rollouts show.
+    pre-update policy at the block: the paper's objective gives it no credit for what its rollouts show. `exploration`,
+    another such pair of any n, is what phi_0 shall imitate instead.
     """
     path = adapt(theta, alpha, batches, settings, len(demonstration[0]))
     losses = [imitation_loss(phi, *demonstration) for phi in path]
+    if exploration is not None:
+        losses[0] = imitation_loss(per_task(theta, len(exploration[0])), *exploration)
     loss = sum(losses[1:]) / len(batches) + settings.pre_update_imitation * losses[0]
     return loss, {f"imitation_{k}": value.detach() for k, value in enumerate(losses)}
 
@@ -206,11 +209,12 @@ def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None)
     observation = observation.view(n, -1, *observation.shape[1:])  # (n, K, T, obs)
     mask = tensor(episodes["mask"])
     advantage = advantages(observation, tensor(episodes["rewards"]), mask, family.baseline_products, settings)
-    scale = (advantage.square().sum() / mask.sum()).sqrt() if advantage_scale is None else advantage_scale
+    if advantage_scale is None:  # a sparse reward that nobody found gives no advantage, and no step: not 0 / 0
+        advantage_scale = (advantage.square().sum() / mask.sum()).sqrt().clamp(min=1e-8)
     batch = {"observation": observation.flatten(1, 2), "action": tensor(episodes["actions"]).flatten(1, 2),
-             "advantage": (advantage / scale).flatten(1, 2), "mask": mask.flatten(1, 2)}
+             "advantage": (advantage / advantage_scale).flatten(1, 2), "mask": mask.flatten(1, 2)}
     batch["log_prob"] = log_prob(phi, batch["observation"], batch["action"], settings)
-    return batch, float(scale)
+    return batch, float(advantage_scale)
 
 
 # ---------------------------------------------------------------- demonstrations
@@ -269,6 +273,7 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
     theta, alpha = learner.theta, learner.alpha
     aggregate = experts is not None and settings.aggregation_episodes > 0
     aggregation_env = env.resized(n * settings.aggregation_episodes) if aggregate else None
+    explorers = np.arange(n)[n - min(n, settings.exploring_tasks):]
 
     for collection in range(learner.collection, settings.collections):
         rng, generator = random_streams(settings.seed, "meta-training", collection)
@@ -285,7 +290,11 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
         for step in range(settings.meta_steps):
             some = rng.permutation(n)[:settings.meta_batch]
             demonstration = demonstrations.sample(family, rng, some, settings.imitation_batch, device)
-            loss, info = meta_loss(theta, alpha, [of_tasks(batch, some) for batch in batches], demonstration, settings)
+            exploration = None
+            if len(explorers):
+                exploration = demonstrations.sample(family, rng, explorers, settings.imitation_batch, device)
+            loss, info = meta_loss(theta, alpha, [of_tasks(batch, some) for batch in batches], demonstration, settings,
+                                   exploration)
             learner.minimise(loss, collection * settings.meta_steps + step)
 
         # 3c. Aggregation: roll out pi_phi_i on T_i, label the visited states with the experts, add them to D*_i. phi_i is

@@ -17,7 +17,7 @@ def one_of(default, *choices):
 
 @dataclass(frozen=True)
 class Settings:
-    task: str = one_of("push", "push", "ant")
+    task: str = one_of("push", "push", "ant", "door")
     seed: int = within(0, 0, 2 ** 31 - 1)
     experts: str = one_of("contextual", "contextual", "local", "scripted", "demonstrations")
     reward: str = one_of("dense", "dense", "sparse")
@@ -74,6 +74,7 @@ class Settings:
     learning_rate: float = within(3e-3, 1e-7, 1.0)    # outer Adam, theta [release: 1e-3]
     step_size_learning_rate: float = within(1e-2, 1e-7, 1.0)  # outer Adam, alpha [ours]
     pre_update_imitation: float = within(0.3, 0.0, 100.0)     # weight of the pre-update policy's own imitation [ours]
+    exploring_tasks: int = within(0, 0, 1000)         # the pre-update policy imitates these last ones; 0: all [ours]
     clip_norm: float = within(10.0, 1e-3, 1e6)        # of the outer gradient
 
     def __post_init__(self):

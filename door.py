@@ -1,0 +1,191 @@
+"""Task family of the Sawyer door: open it by its handle to a hidden angle, and its scripted expert.
+
+Sources: "Guided Meta-Policy Search" (Mendonca et al., NeurIPS 2019, arXiv 1904.00956v2) with the constants of the
+authors' release where it gives them; lengths in metres, angles in radians. Masses, the handle's two boxes and the hinge's
+range are [ours].
+"""
+import mujoco
+import numpy as np
+
+from sawyer import ACTION_SCALE, ARM_START, MOCAP_HIGH, MOCAP_LOW, _text, sawyer_xml
+
+# ---------------------------------------------------------------- geometry
+DOOR_CENTRE, DOOR_TURN = np.array([0.0, 1.0, 0.3]), -1.57  # of the closed door: its frame, turned about z [release]
+HINGE = np.array([0.0, 0.2, 0.0])     # in the door's frame: the vertical edge far from the handle
+GRASP = np.array([0.1, -0.1, 0.0])    # in the door's frame: the middle of the handle's bar [release]
+BAR = np.array([0.006, 0.07, 0.01])   # half sizes of the bar, which runs along the panel
+CLAW_GAP, CLAW_WIDTH = 0.045, 0.015   # hand's centre to a claw's inner face along y; half a claw's width along x
+
+
+def _turned(vector, angle):
+    """x, y (..., 2) of vectors (..., 2 or 3) turned about z by `angle` (...)."""
+    x, y, c, s = vector[..., 0], vector[..., 1], np.cos(angle), np.sin(angle)
+    return np.stack([c * x - s * y, s * x + c * y], axis=-1)
+
+
+HINGE_XY = DOOR_CENTRE[:2] + _turned(HINGE, DOOR_TURN)
+CLOSED_ARM = _turned(GRASP - HINGE, DOOR_TURN)  # from hinge to grasp point, door closed
+RADIUS = np.hypot(*CLOSED_ARM)                  # of the arc on which the grasp point moves
+
+
+def grasp_point(angle):
+    """World position (..., 3) of the grasp point at door angles (...)."""
+    xy = HINGE_XY + _turned(CLOSED_ARM, angle)
+    return np.concatenate([xy, np.full(xy.shape[:-1] + (1,), DOOR_CENTRE[2] + GRASP[2])], axis=-1)
+
+
+def door_angle(grasp):
+    """Door angle (...) from the grasp point's world position (..., 3)."""
+    x, y = grasp[..., 0] - HINGE_XY[0], grasp[..., 1] - HINGE_XY[1]
+    return np.arctan2(CLOSED_ARM[0] * y - CLOSED_ARM[1] * x, CLOSED_ARM[0] * x + CLOSED_ARM[1] * y)
+
+
+# ---------------------------------------------------------------- task family
+class SawyerDoor:
+    """Open a door to a hidden angle and hold it there (the paper's door task, constants of the release).
+
+    Observation (6,): hand x, y, z, grasp point x, y, z. The target is never in it.
+    Action (3,) in [-1, 1]: motion of the hand's mocap target, 1 cm per unit and step.
+    Task (1,): target angle in radians; training distribution uniform in [0, pi/3].
+    Reward: 10 angle up to the target, then falling as fast past it, never below 0; and 0 unless the fingertip midpoint is
+    within 10 cm of the grasp point.
+    Episode: 100 steps, never ends early.
+    """
+    name, env_id = "door", "gmps/SawyerDoor-v0"
+    observation_size, action_size, task_size, outcome_size = 6, 3, 1, 2
+    # Networks see (observation - centre) / scale.
+    observation_centre, observation_scale = np.array([0.0, 0.7, 0.3, 0.02, 0.82, 0.3]), np.full(6, 0.1)
+    observation_limit = 2.0  # metres: of gymnasium's observation space
+    horizon, frame_skip = 100, 5
+    task_low, task_high = np.array([0.0]), np.array([np.pi / 3])
+    task_limits = np.array([0.0]), np.array([np.pi / 3])
+    task_unit = "rad"
+    success_distance = np.deg2rad(5.0)
+    control_spec = int(mujoco.mjtState.mjSTATE_MOCAP_POS)
+    hand_start = np.array([0.0, 0.4, 0.1])
+    hinge_damping = 100.0  # N m s/rad [release]: the door stops where it is let go
+    door_mass = 2.0        # kg: a wooden board of that size
+    reach = 0.1            # metres: the fingertips count as at the handle
+    rewards, reward_weights = ("sparse",), {"open": 10.0}
+    baseline_products = [0, 1, 2, 3, 4, 5]  # observations whose products the baseline of the advantages sees
+    goal_size, frames_every = (0.012, 0.012, 0.012), 2
+
+    def __init__(self, reward="sparse"):
+        self.reward = reward
+
+    def xml(self):
+        # Contacts and limit are hard: the hand's target may run far ahead of the hand, and no claw may slip through a bar.
+        hard = 'priority="1" condim="4" friction="1 0.005 0.0001" solimp="0.99 0.999 0.001"'
+        steel, end = f'mass="0.1" {hard} rgba="0.55 0.57 0.6 1"', GRASP[1] - BAR[1]
+        door = f"""<body name="door" pos="{_text(DOOR_CENTRE)}" euler="0 0 {DOOR_TURN}">
+          <joint name="hinge" axis="0 0 1" pos="{_text(HINGE)}" range="0 1.57" damping="{self.hinge_damping}"
+            solimplimit="0.99 0.999 0.001"/>
+          <geom type="box" size="0.01 0.2 0.2" mass="{self.door_mass}" {hard} rgba="0.45 0.60 0.70 1"/>
+          <geom type="box" size="0.042 {BAR[0]} {BAR[2]}" pos="0.052 {end + BAR[0]} 0" {steel}/>
+          <geom type="box" size="{_text(BAR)}" pos="{_text(GRASP)}" {steel}/>
+          <site name="grasp" pos="{_text(GRASP)}" size="0.005" rgba="0 0 0 0"/></body>
+          <geom class="link" type="cylinder" size="0.012" fromto="{_text(HINGE_XY)} 0 {_text(HINGE_XY)} 0.5"
+            rgba="0.3 0.3 0.33 1"/>"""
+        frames = (("xbody", "hand"), ("site", "grasp"), ("site", "right_tip"), ("site", "left_tip"))
+        sensors = "".join(f'<framepos objtype="{kind}" objname="{name}"/>' for kind, name in frames)
+        return sawyer_xml(door, _text(self.hand_start), sensors + '<jointpos joint="hinge"/>')
+
+    def start(self, model):
+        """The one start state: the arm settled under gravity on its mocap target, the door closed."""
+        data = mujoco.MjData(model)
+        data.qpos[:len(ARM_START)] = ARM_START
+        mujoco.mj_step(model, data, 1000)
+        data.qpos[model.joint("hinge").qposadr[0]] = 0
+        data.qvel[:] = 0
+        return data
+
+    def observe(self, state, sensors):
+        """Full states (not needed here) and sensor readings (B, 13) -> observation (B, 6)."""
+        return sensors[:, :6].copy()
+
+    def ended(self, state):
+        """(B,) bool: who ends before the horizon. Nobody does."""
+        return np.zeros(len(state), bool)
+
+    def outcome(self, state, sensors):
+        """Sensor readings (B, 13) -> (B, 2), all that a reward for any target needs: door angle, distance of the fingertip
+        midpoint to the grasp point."""
+        away = 0.5 * (sensors[:, 6:9] + sensors[:, 9:12]) - sensors[:, 3:6]
+        return np.stack([sensors[:, 12], np.sqrt(np.einsum("bi,bi->b", away, away))], axis=1)
+
+    def next_control(self, control, action):
+        """Mocap position (B, 3) after an action (B, 3) already clipped to [-1, 1]."""
+        return np.clip(control + ACTION_SCALE * action, MOCAP_LOW, MOCAP_HIGH)
+
+    def distance(self, outcome, task):
+        """Door angle to target, radians. `outcome` (..., 2), `task` (..., 1) -> (...)."""
+        return np.abs(outcome[..., 0] - task[..., 0])
+
+    def reward_terms(self, outcome, action, task):
+        """The reward, one weighted term; `outcome` is that after the step. Shapes as in `distance`."""
+        opened = np.maximum(0.0, task[..., 0] - self.distance(outcome, task))
+        return {"open": self.reward_weights["open"] * np.where(outcome[..., 1] <= self.reach, opened, 0.0)}
+
+    def sample_tasks(self, generator, count):
+        """(count, 1) angles from the training distribution."""
+        return generator.uniform(self.task_low, self.task_high, (count, self.task_size))
+
+    def training_tasks(self, count):
+        """(count, 1) angles spread evenly over the distribution's range, both ends included."""
+        return np.linspace(self.task_low, self.task_high, count)
+
+    def goal_position(self, task):
+        """Where a picture shows the goal: the grasp point at the target angle."""
+        return grasp_point(np.asarray(task)[0])
+
+
+# ---------------------------------------------------------------- scripted expert
+GAIN = 50.0             # of the hand's motion: units of action per metre to where it should be
+PULL = 1.5              # the hand is sent this many times as far along the arc as the door has to go
+OVER, DOWN = 0.07, 0.01  # of the hand above the bar: claws clear of it, claws around it
+
+
+def _ramp(x, low, high):
+    """From 0 at `low` to 1 at `high`."""
+    return np.clip((x - low) / (high - low), 0.0, 1.0)
+
+
+def door_expert(observations, tasks):
+    """Scripted expert: over the bar, down until a claw is on either side of it, then pull along the arc to the target.
+
+    observations (n, B, 6), tasks (n, 1) -> actions (n, B, 3), float32 in [-1, 1]. It has no memory: every phase is faded
+    in by where the hand is relative to the bar, and pulling is proportional to the angle that is left, so the actions are
+    continuous in the state and errors of a learner can be labelled anywhere.
+    """
+    hand, grasp = observations[..., :3], observations[..., 3:]
+    angle = door_angle(grasp)
+    dx, dy, dz = np.moveaxis(hand - grasp, -1, 0)
+    # The bar lies at `angle` across the slot between the claws and leaves it this much play to either side along y.
+    slope = np.tan(np.clip(angle, 0.0, 1.1))
+    play = np.maximum(CLAW_GAP - CLAW_WIDTH * slope - BAR[0] * np.sqrt(1 + slope ** 2), 0.003)
+    along_y = dy - dx * slope                                # of the hand from the bar's line: contact at -play
+    down = _ramp(dz, 0.05, 0.038)                            # 1: the claws reach below the bar's top
+    # 1: the bar is between the claws, seen from above. Once down it is even where a claw touches it and gives a little.
+    around = _ramp(play - 0.002 + 0.012 * down - np.abs(along_y), 0.0, 0.006) * _ramp(0.06 - np.abs(dx), 0.0, 0.02)
+    cleared = _ramp(dz, 0.05, 0.065)                         # 1: the claws pass over the bar
+
+    # Not around the bar: come over it, keeping 5 cm before it until cleared. Around it: come down.
+    approach = np.stack([np.zeros_like(dx), -play + 0.02 - 0.05 * (1 - around) * (1 - cleared)], axis=-1)
+    height = DOWN + (OVER - DOWN) * (1 - around)
+    # Around and down: from where the far claw touches the bar (3 mm short of it: noise must not pull), along the arc.
+    arm = grasp[..., :2] - HINGE_XY
+    tangent = np.stack([-arm[..., 1], arm[..., 0]], axis=-1) / RADIUS
+    ahead = np.clip(PULL * RADIUS * (tasks[:, None, 0] - angle), -0.04, 0.04)
+    pull = np.stack([np.zeros_like(dx), 0.003 - play], axis=-1) + ahead[..., None] * tangent
+
+    holding = (around * down)[..., None]
+    error = np.concatenate([approach + holding * (pull - approach), height[..., None]], axis=-1) - (hand - grasp)
+    action = GAIN * error
+    # In the plane both components shrink alike, so that the hand keeps its direction at full speed.
+    fastest = np.maximum(np.abs(action[..., :2]).max(-1, keepdims=True), 1.0)
+    action[..., :2] /= fastest
+    return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+
+door_expert.contextual = True  # it serves any target
+SawyerDoor.expert = staticmethod(door_expert)
