@@ -17,7 +17,7 @@ def one_of(default, *choices):
 
 @dataclass(frozen=True)
 class Settings:
-    task: str = one_of("push", "push", "ant")
+    task: str = one_of("push", "push", "ant", "push-vision")
     seed: int = within(0, 0, 2 ** 31 - 1)
     experts: str = one_of("contextual", "contextual", "local")
     reward: str = one_of("dense", "dense", "sparse")
