@@ -277,6 +277,8 @@ def run_experts(env, experts, tasks, generator=None, noise=0.0):
     n = len(tasks)
 
     def act(observation):
+        if env.family.image_shape:  # the policy sees a picture, a demonstrator the state
+            observation = env.expert_observation
         action = np.array(experts(observation.reshape(n, -1, observation.shape[-1]), tasks))
         if generator is not None:
             action[:, 1:] += generator.normal(0.0, noise, action[:, 1:].shape).astype(action.dtype)
@@ -351,20 +353,24 @@ def train_experts(env, tasks, settings, state=None, device="cpu"):
 
 
 def make_demonstrations(env, experts, tasks, settings):
-    """Step 2, D*_i: states (n, M, obs) that the experts visit and their mean actions there (n, M, act), and env steps.
+    """Step 2, D*_i: states (n, M, obs) that the experts visit and their mean actions there (n, M, act), and env steps; a
+    family with images has those, (n, M, rows, columns, 3), before the env steps.
 
     Each task's first episode is the expert's own; in the others Gaussian noise moves it off its path, so that the
     labels show how it comes back. `env`: BatchEnv with len(tasks) * settings.demonstration_episodes environments.
     """
     rng, _ = random_streams(settings.seed, "demonstrations", 0)
     episodes = run_experts(env, experts, tasks, rng, settings.demonstration_noise)
-    observations = episodes["observations"][:, :-1].reshape(len(tasks), -1, env.family.observation_size)
-    return observations, experts(observations, tasks), int(episodes["mask"].sum())
+    by_task = lambda x: x[:, :-1].reshape(len(tasks), -1, *x.shape[2:])  # noqa: E731
+    images = [by_task(episodes["images"])] if env.family.image_shape else []
+    actions = experts(by_task(episodes["states" if images else "observations"]), tasks)
+    return by_task(episodes["observations"]), actions, *images, int(episodes["mask"].sum())
 
 
-def save_demonstrations(file, tasks, observations, actions):
-    """npz with tasks (n, task), observations (n, M, obs) and actions (n, M, act)."""
-    np.savez_compressed(file, tasks=tasks, observations=observations, actions=actions)
+def save_demonstrations(file, tasks, observations, actions, images=None):
+    """npz with tasks (n, task), observations (n, M, obs) and actions (n, M, act), and images if there are any."""
+    images = {} if images is None else {"images": images}
+    np.savez_compressed(file, tasks=tasks, observations=observations, actions=actions, **images)
 
 
 def load_demonstrations(file, family):

@@ -246,11 +246,11 @@ def demonstrations_phase(run, experts):
     """Step 2. Leaves demonstrations.npz; its env steps count as the experts'."""
     path = run.out / "demonstrations.npz"
     env = run.batch_env(run.settings.training_tasks * run.settings.demonstration_episodes)
-    observations, actions, env_steps = make_demonstrations(env, experts, run.training_tasks, run.settings)
+    *arrays, env_steps = make_demonstrations(env, experts, run.training_tasks, run.settings)
     env.close()
     if not path.exists():
-        write_atomically(path, lambda file: save_demonstrations(file, run.training_tasks, observations, actions))
-    return gmps.Demonstrations(observations, actions), env_steps
+        write_atomically(path, lambda file: save_demonstrations(file, run.training_tasks, *arrays))
+    return gmps.Demonstrations(*arrays), env_steps
 
 
 def meta_training_phase(run, experts, demonstrations, demonstration_steps):
@@ -304,7 +304,7 @@ def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, se
         for number, chunk in enumerate(chunks):
             result = gmps.evaluate(family, theta, alpha, policy["scales"], chunk, gradient_steps, settings, seed,
                                    threads, number)
-            path = path or [{name: value[:1] for name, value in phi.items()} for phi in result["path"]]
+            path = path or [gmps.one_task(phi, 0) for phi in result["path"]]
             for name, kind in (("held_out", "mean"), ("held_out_sampled", "sampled")):
                 for k in range(gradient_steps + 1):
                     lists[name] += records(chunk, result[kind]["return"][k], result[kind]["distance"][k], gradient_steps=k)
@@ -413,8 +413,7 @@ def draw_video(run, path, task):
             frames = [env.render()]
             for _ in range(run.family.horizon):
                 with torch.no_grad():
-                    seen = gmps.scaled(run.family, observation).to(run.device)[None]
-                    action = gmps.policy_mean(phi, seen)[0].cpu().numpy()
+                    action = gmps.policy_mean(phi, gmps.policy_input(run.family, phi, observation))[0].cpu().numpy()
                 observation, *_ = env.step(action)
                 frames.append(env.render())
             sides.append(np.array(frames)[:, ::2, ::2])

@@ -1,13 +1,14 @@
-"""Push from images: the task family, and the camera that takes the policy's pictures of a whole batch.
+"""Push from images: the task family, the camera that takes pictures of a whole batch, and what a policy sees in them.
 
 Sources: the vision task of "Guided Meta-Policy Search" (Mendonca et al., NeurIPS 2019, arXiv 1904.00956v2): camera pose,
-picture and crop sizes of the authors' release; which 48 x 64 pixels of the 84 x 84 are kept is [ours].
+picture sizes and convolutions of the authors' release; which 48 x 64 pixels of the 84 x 84 are kept is [ours].
 """
 import contextlib
 import math
 
 import mujoco
 import numpy as np
+import torch
 
 from sawyer import SawyerPush
 
@@ -43,6 +44,16 @@ class SawyerPushVision(SawyerPush):
     def observe(self, state, sensors):
         """Sensor readings (B, 12) -> hand (B, 3)."""
         return sensors[:, :3].copy()
+
+
+@contextlib.contextmanager
+def opengl():
+    """Whatever goes wrong inside for want of a GL library becomes a RuntimeError with one line that says what to install."""
+    try:
+        yield
+    except Exception as error:  # each GL binding fails with an exception type of its own
+        raise RuntimeError("no OpenGL for offscreen rendering: install EGL (libegl1) or OSMesa (libosmesa6) "
+                           "and set MUJOCO_GL=egl or MUJOCO_GL=osmesa") from error
 
 
 class Camera:
@@ -92,11 +103,43 @@ class Camera:
         self.gl.free()
 
 
-@contextlib.contextmanager
-def opengl():
-    """Whatever goes wrong inside for want of a GL library becomes a RuntimeError with one line that says what to install."""
-    try:
-        yield
-    except Exception as error:  # each GL binding fails with an exception type of its own
-        raise RuntimeError("no OpenGL for offscreen rendering: install EGL (libegl1) or OSMesa (libosmesa6) "
-                           "and set MUJOCO_GL=egl or MUJOCO_GL=osmesa") from error
+# ---------------------------------------------------------------- convolutions: from an image to 16 points in it
+FILTERS, KEYPOINTS = 16, 32
+CONVOLUTIONS = ((3, 5, 3), (FILTERS, 3, 3), (FILTERS, 3, 1))  # input channels, kernel, stride [release]
+SHARPNESS = 10.0  # of the soft-argmax [ours]: points spread over the image from the start
+CHUNK = 500       # images at a time: intermediate results that stay in a processor's cache
+
+
+def init_convolutions(generator, dtype=torch.float32):
+    """conv1_w .. conv3_b, as torch.nn.Conv2d's."""
+    theta = {}
+    for layer, (channels, kernel, _) in enumerate(CONVOLUTIONS, start=1):
+        bound = 1.0 / math.sqrt(channels * kernel * kernel)
+        for name, shape in (("w", (FILTERS, channels, kernel, kernel)), ("b", (FILTERS,))):
+            theta[f"conv{layer}_{name}"] = (torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1) * bound
+    return theta
+
+
+def soft_argmax(maps):
+    """Feature maps (B, C, rows, columns) -> (B, 2C): x of every map's point, then y, in [-1, 1] from edge to edge.
+
+    A point is the mean position under the softmax over the map (Levine et al. 2016, section 5.1).
+    """
+    batch, channels, rows, columns = maps.shape
+    share = maps.flatten(2).softmax(-1).view(batch, channels, rows, columns)
+    x = share.sum(2) @ torch.linspace(-1, 1, columns, dtype=maps.dtype, device=maps.device)
+    y = share.sum(3) @ torch.linspace(-1, 1, rows, dtype=maps.dtype, device=maps.device)
+    return torch.cat([x, y], dim=1)
+
+
+def keypoints(theta, image):
+    """Images (..., rows, columns, 3) uint8 -> (..., 32), through the convolutions of `theta`; differentiable in them."""
+    def chunk(images):
+        x = images.permute(0, 3, 1, 2).to(theta["conv1_w"].dtype) * (2 / 255) - 1
+        for layer, (_, kernel, stride) in enumerate(CONVOLUTIONS, start=1):
+            x = torch.nn.functional.conv2d(x.relu() if layer > 1 else x, theta[f"conv{layer}_w"], theta[f"conv{layer}_b"],
+                                           stride, padding=kernel // 2)
+        return soft_argmax(SHARPNESS * x)
+
+    flat = image.reshape(-1, *image.shape[-3:])
+    return torch.cat([chunk(images) for images in flat.split(CHUNK)]).view(*image.shape[:-3], KEYPOINTS)
