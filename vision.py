@@ -111,12 +111,13 @@ CHUNK = 500       # images at a time: intermediate results that stay in a proces
 
 
 def init_convolutions(generator, dtype=torch.float32):
-    """conv1_w .. conv3_b, as torch.nn.Conv2d's."""
+    """conv1_w, conv1_b .. conv3_w, as torch.nn.Conv2d's. The last has no bias: it would move no point."""
     theta = {}
     for layer, (channels, kernel, _) in enumerate(CONVOLUTIONS, start=1):
         bound = 1.0 / math.sqrt(channels * kernel * kernel)
         for name, shape in (("w", (FILTERS, channels, kernel, kernel)), ("b", (FILTERS,))):
             theta[f"conv{layer}_{name}"] = (torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1) * bound
+    del theta[f"conv{layer}_b"]
     return theta
 
 
@@ -137,8 +138,8 @@ def keypoints(theta, image):
     def chunk(images):
         x = images.permute(0, 3, 1, 2).to(theta["conv1_w"].dtype) * (2 / 255) - 1
         for layer, (_, kernel, stride) in enumerate(CONVOLUTIONS, start=1):
-            x = torch.nn.functional.conv2d(x.relu() if layer > 1 else x, theta[f"conv{layer}_w"], theta[f"conv{layer}_b"],
-                                           stride, padding=kernel // 2)
+            x = torch.nn.functional.conv2d(x.relu() if layer > 1 else x, theta[f"conv{layer}_w"],
+                                           theta.get(f"conv{layer}_b"), stride, padding=kernel // 2)
         return soft_argmax(SHARPNESS * x)
 
     flat = image.reshape(-1, *image.shape[-3:])
