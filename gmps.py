@@ -259,7 +259,13 @@ class Demonstrations:
                              f"and {actions.shape}")
         if images is not None and images.shape[:2] != actions.shape[:2]:
             raise ValueError(f"demonstrations have {actions.shape[:2]} actions and {images.shape[:2]} images")
-        self.observations, self.actions, self.images = observations, actions, images
+        self.observations, self.actions, self.images, self.features = observations, actions, images, None
+
+    @torch.no_grad()
+    def keep_features(self, family, theta):
+        """From now on `sample` gives what `theta`'s convolutions see in the images: for convolutions that learn no more."""
+        device = theta["z"].device
+        self.features = see(theta, scaled(family, self.observations).to(device), torch.as_tensor(self.images).to(device))
 
     def add(self, observations, actions):
         self.observations = np.concatenate([self.observations, observations], axis=1)
@@ -269,11 +275,11 @@ class Demonstrations:
         """`count` random labelled states of each task index in `tasks` (m,): observation (m, count, obs), scaled, and
         expert action (m, count, act); for a family with images also those, (m, count, rows, columns, 3) uint8."""
         task, index = tasks[:, None], generator.integers(self.observations.shape[1], size=(len(tasks), count))
-        parts = [scaled(family, self.observations[task, index]),
-                 torch.as_tensor(self.actions[task, index], dtype=torch.float32)]
-        if family.image_shape:
-            parts.append(torch.as_tensor(self.images[task, index]))
-        return tuple(part.to(device) for part in parts)
+        action = torch.as_tensor(self.actions[task, index], dtype=torch.float32).to(device)
+        if self.features is not None:
+            return self.features[torch.as_tensor(task), torch.as_tensor(index)], action
+        image = [torch.as_tensor(self.images[task, index]).to(device)] if family.image_shape else []
+        return scaled(family, self.observations[task, index]).to(device), action, *image
 
 
 def imitate(family, demonstrations, settings, device="cpu"):
@@ -308,6 +314,8 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
     family, n = env.family, len(tasks)
     learner = MetaLearner(theta, demonstrations, settings, state, device)
     theta, alpha = learner.theta, learner.alpha
+    if learner.fixed_eyes:
+        demonstrations.keep_features(family, theta)
     aggregate = experts is not None and settings.aggregation_episodes > 0
     aggregation_env = env.resized(n * settings.aggregation_episodes) if aggregate else None
 
@@ -354,6 +362,7 @@ class MetaLearner:
         self.optimiser = torch.optim.Adam([{"params": list(self.theta.values())}, {"params": list(self.alpha.values())}])
         self.scales, self.collection, self.env_steps = [], 0, 0
         self.given = demonstrations.observations.shape[1]  # labelled states per task before any aggregation
+        self.fixed_eyes = demonstrations.images is not None and settings.image_batch == 0
         if state is not None:
             with torch.no_grad():
                 for own, saved in ((self.theta, state["theta"]), (self.alpha, state["alpha"])):
@@ -369,6 +378,9 @@ class MetaLearner:
         batch, scale = policy_gradient_batch(episodes, phi, family, self.settings, fixed)
         if k == len(self.scales):
             self.scales.append(scale)
+        if self.fixed_eyes:  # convolutions do not change: what they see in a batch serves all its meta-steps
+            with torch.no_grad():
+                batch = {name: value for name, value in seen(phi, batch).items() if name != "image"}
         return batch
 
     def minimise(self, loss, step):

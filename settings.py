@@ -64,7 +64,8 @@ class Settings:
     aggregation_episodes: int = within(2, 0, 1000)    # per task and collection, step 3c; 0: none
     warm_up_steps: int = within(25, 1, 1_000_000)     # meta-steps over which the learning rates rise [ours]
     imitation_batch: int = within(200, 1, 100_000)    # labelled states per task and meta-step
-    image_batch: int = within(250, 1, 100_000)        # images per task, inner step and meta-step [ours; release: all]
+    # Images per task, inner step and meta-step; 0: convolutions stay as imitation left them, and all images count [ours]
+    image_batch: int = within(0, 0, 100_000)
     learning_rate: float = within(3e-3, 1e-7, 1.0)    # outer Adam, theta [release: 1e-3]
     step_size_learning_rate: float = within(1e-2, 1e-7, 1.0)  # outer Adam, alpha [ours]
     pre_update_imitation: float = within(0.3, 0.0, 100.0)     # weight of the pre-update policy's own imitation [ours]
