@@ -90,6 +90,10 @@ class Settings:
 LOCAL = dict(training_tasks=20, expert_episodes=4, expert_width=64, expert_batch=128, expert_updates=300,
              expert_iterations=60)
 
+# `--task push-vision`: rendering takes most of the time, so there are fewer goals and one inner step, and more meta-steps
+# on each collection. Meta-training knows the demonstrations alone: nobody labels further states.
+VISION = dict(training_tasks=24, imitation_batch=50, collections=8, meta_steps=50, inner_steps=1, aggregation_episodes=0)
+
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40, collections=2, meta_steps=3,
              imitation_steps=50, episodes=4)

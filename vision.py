@@ -5,6 +5,7 @@ picture sizes and convolutions of the authors' release; which 48 x 64 pixels of 
 """
 import contextlib
 import math
+import warnings
 
 import mujoco
 import numpy as np
@@ -50,7 +51,8 @@ class SawyerPushVision(SawyerPush):
 def opengl():
     """Whatever goes wrong inside for want of a GL library becomes a RuntimeError with one line that says what to install."""
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):  # GLFW, MuJoCo's last resort, warns before it fails
+            yield
     except Exception as error:  # each GL binding fails with an exception type of its own
         raise RuntimeError("no OpenGL for offscreen rendering: install EGL (libegl1) or OSMesa (libosmesa6) "
                            "and set MUJOCO_GL=egl or MUJOCO_GL=osmesa") from error
