@@ -74,6 +74,7 @@ class AntGoal:
     """
     name, env_id = "ant", "gmps/AntGoal-v0"
     observation_size, action_size, task_size, outcome_size = 38, 8, 2, 3
+    image_shape = None
     # Networks see (observation - centre) / scale.
     observation_centre = np.array([0.7, 0.7, 0.55, 1, 0, 0, 0] + [0, 0.9, 0, -0.9, 0, -0.9, 0, 0.9] + [0] * 14
                                   + [1, 0, 0, 0, 1, 0, 0, 0, 1.0])
@@ -96,6 +97,11 @@ class AntGoal:
 
     def __init__(self, reward="dense"):
         self.reward = reward
+
+    @property
+    def expert_family(self):
+        """The family whose observation experts see: this one."""
+        return self
 
     def xml(self):
         return ant_xml()

@@ -55,6 +55,7 @@ class SawyerDoor:
     observation_size, action_size, task_size, outcome_size = 6, 3, 1, 2
     # Networks see (observation - centre) / scale.
     observation_centre, observation_scale = np.array([0.0, 0.7, 0.3, 0.02, 0.82, 0.3]), np.full(6, 0.1)
+    image_shape = None
     observation_limit = 2.0  # metres: of gymnasium's observation space
     horizon, frame_skip = 100, 5
     task_low, task_high = np.array([0.0]), np.array([np.pi / 3])
@@ -72,6 +73,11 @@ class SawyerDoor:
 
     def __init__(self, reward="sparse"):
         self.reward = reward
+
+    @property
+    def expert_family(self):
+        """The family whose observation experts see: this one."""
+        return self
 
     def xml(self):
         # Contacts and limit are hard: the hand's target may run far ahead of the hand, and no claw may slip through a bar.

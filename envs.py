@@ -37,13 +37,14 @@ from mujoco.rollout import Rollout
 from ant import AntGoal
 from door import SawyerDoor
 from sawyer import SawyerPush
+from vision import Camera, SawyerPushVision, opengl
 
 FULL = int(mujoco.mjtState.mjSTATE_FULLPHYSICS)  # time, positions, velocities, activations
 START_TIME = 1.0  # every episode's clock starts here: a simulator that resets itself falls back to 0 and is seen
 
 
 # ---------------------------------------------------------------- families and their tasks
-FAMILIES = {family.name: family for family in (SawyerPush, AntGoal, SawyerDoor)}
+FAMILIES = {family.name: family for family in (SawyerPush, AntGoal, SawyerDoor, SawyerPushVision)}
 TASK_STREAMS = {"validation": 202, "held_out": 303}
 
 
@@ -107,14 +108,14 @@ class BatchEnv(gymnasium.vector.VectorEnv):
             raise ValueError(f'render_mode must be None or "rgb_array", not {render_mode!r}')
         self.family = make_family(family, reward) if isinstance(family, str) else family
         self.num_envs, self.render_mode = num_envs, render_mode
-        self.single_observation_space = gymnasium.spaces.Box(
-            -self.family.observation_limit, self.family.observation_limit, (self.family.observation_size,), np.float64)
+        self.single_observation_space = observation_space(self.family)
         self.single_action_space = gymnasium.spaces.Box(-1.0, 1.0, (self.family.action_size,), np.float32)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
         self.model = mujoco.MjModel.from_xml_string(self.family.xml())
         self.divergences = 0
         self._renderer = None
+        self._camera = Camera(self.family) if self.family.image_shape else None
 
         start = self.family.start(self.model)
         start.time = START_TIME
@@ -162,7 +163,11 @@ class BatchEnv(gymnasium.vector.VectorEnv):
             self.tasks = np.broadcast_to(rows, (self.num_envs, self.family.task_size)).copy()
         self._restart(self._all)
         self._outcome = self.family.outcome(self.state, self.sensors)
-        return self.family.observe(self.state, self.sensors), self._info(np.zeros((self.num_envs, self.family.action_size)))
+        return self._observe(), self._info(np.zeros((self.num_envs, self.family.action_size)))
+
+    def _observe(self):
+        vector = self.family.observe(self.state, self.sensors)
+        return {"image": self._camera.images(self.state), "hand": vector} if self._camera else vector
 
     def _restart(self, which):
         self.state[which], self.control[which] = self._start_state, self._start_control
@@ -194,7 +199,7 @@ class BatchEnv(gymnasium.vector.VectorEnv):
             info["diverged"], info["_diverged"] = diverged, diverged
             warnings.warn(f"simulation diverged in environments {np.flatnonzero(diverged).tolist()[:8]}; "
                           f"{self.divergences} so far: their episodes end here", stacklevel=2)
-        return self.family.observe(self.state, self.sensors), reward, terminated, truncated, info
+        return self._observe(), reward, terminated, truncated, info
 
     def _simulate(self, actions, skip):
         """Advance state, control and sensors by `frame_skip` physics steps; returns who diverged, (B,) bool."""
@@ -223,6 +228,11 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         return info | {f"_{name}": self._all for name in info}
 
     @property
+    def expert_observation(self):
+        """The state behind images, (B, obs of `family.expert_family`): what their experts see."""
+        return self.family.expert_family.observe(self.state, self.sensors)
+
+    @property
     def outcomes(self):
         """What the rewards of the last step were computed from, (B, outcome): lets a learner relabel tasks."""
         return self._outcome
@@ -245,17 +255,24 @@ class BatchEnv(gymnasium.vector.VectorEnv):
 
     def close_extras(self, **kwargs):
         self._rollout.close()
+        if self._camera is not None:
+            self._camera.close()
         if self._renderer is not None:
             self._renderer.close()
 
 
 def open_renderer(model, height=480, width=640):
     """An offscreen renderer, or RuntimeError with one line that says what to install."""
-    try:
+    with opengl():
         return mujoco.Renderer(model, height, width)
-    except Exception as error:  # each GL binding fails with an exception type of its own
-        raise RuntimeError("no OpenGL for offscreen rendering: install EGL (libegl1) or OSMesa (libosmesa6) "
-                           "and set MUJOCO_GL=egl or MUJOCO_GL=osmesa") from error
+
+
+def observation_space(family):
+    """Gymnasium's space of one observation: a box of numbers, or a dict of image and numbers."""
+    box = gymnasium.spaces.Box(-family.observation_limit, family.observation_limit, (family.observation_size,), np.float64)
+    if not family.image_shape:
+        return box
+    return gymnasium.spaces.Dict({"image": gymnasium.spaces.Box(0, 255, family.image_shape, np.uint8), "hand": box})
 
 
 class SingleEnv(gymnasium.Env):
@@ -272,6 +289,10 @@ class SingleEnv(gymnasium.Env):
         return self.batch.model
 
     @staticmethod
+    def _own(observation):
+        return {name: value[0] for name, value in observation.items()} if isinstance(observation, dict) else observation[0]
+
+    @staticmethod
     def _first(info):
         return {name: value[0].item() for name, value in info.items() if not name.startswith("_")}
 
@@ -279,12 +300,12 @@ class SingleEnv(gymnasium.Env):
         super().reset(seed=seed)
         self.batch._np_random = self.np_random  # goals come from the generator that gymnasium seeds
         observation, info = self.batch.reset(options=options)
-        return observation[0], self._first(info)
+        return self._own(observation), self._first(info)
 
     def step(self, action):
         self.batch._finished[:] = False  # the caller resets; there is no autoreset behind one environment
         observation, reward, terminated, truncated, info = self.batch.step(np.asarray(action)[None])
-        return observation[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), self._first(info)
+        return self._own(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), self._first(info)
 
     def render(self):
         return self.batch.render()
@@ -294,30 +315,36 @@ class SingleEnv(gymnasium.Env):
 
 
 def rollout(env, policy, tasks):
-    """Whole episodes of every environment. `policy` maps observations (B, obs) to actions (B, act).
+    """Whole episodes of every environment. `policy` maps what the environment returns, (B, obs), to actions (B, act).
 
     Returns a dict of arrays, B environments by T steps: observations (B, T+1, obs), actions (B, T, act),
     rewards (B, T), distances (B, T), outcomes (B, T, outcome), mask (B, T): 1 until the episode ended, and
     terminated (B,). After an early end rewards and mask are 0, and distances and outcomes stay at their last value.
+    A family with images adds images (B, T+1, ...) uint8 and states (B, T+1, obs of its experts).
     """
     observation, _ = env.reset(options={"task": tasks})
-    keys = ("observations", "actions", "rewards", "distances", "outcomes", "mask")
-    steps = {key: [] for key in keys}
-    steps["observations"].append(observation)
+    seen = seen_parts(env, observation)
+    steps = {key: [value] for key, value in seen.items()}
+    keys = ("actions", "rewards", "distances", "outcomes", "mask")
+    steps |= {key: [] for key in keys}
     alive, ended = np.ones(env.num_envs, bool), np.zeros(env.num_envs, bool)
     for _ in range(env.family.horizon):
         action = policy(observation)
-        next_observation, reward, terminated, _, info = env.step(action)
-        distance, outcome = info["goal_distance"], env.outcomes
+        observation, reward, terminated, _, info = env.step(action)
+        next_seen, distance, outcome = seen_parts(env, observation), info["goal_distance"], env.outcomes
         if not alive.all():  # autoreset has begun another episode there: keep the finished one's last values
-            next_observation = np.where(alive[:, None], next_observation, observation)
+            next_seen = {key: np.where(alive.reshape(-1, *[1] * (value.ndim - 1)), value, seen[key])
+                         for key, value in next_seen.items()}
             distance = np.where(alive, distance, steps["distances"][-1])
             outcome = np.where(alive[:, None], outcome, steps["outcomes"][-1])
-        for key, value in zip(keys, (next_observation, action, reward * alive, distance, outcome, alive.astype(float))):
+            observation = next_seen["observations"] if not env.family.image_shape else {
+                "image": next_seen["images"], "hand": next_seen["observations"]}
+        seen = next_seen
+        values = (action, reward * alive, distance, outcome, alive.astype(float))
+        for key, value in (*seen.items(), *zip(keys, values)):
             steps[key].append(value)
         ended |= terminated & alive
         alive &= ~terminated
-        observation = next_observation
     return {key: np.stack(value, axis=1) for key, value in steps.items()} | {"terminated": ended}
 
 
@@ -331,6 +358,13 @@ def correlated_noise(shape, correlation, generator):
     while True:
         yield noise
         noise = correlation * noise + math.sqrt(1 - correlation ** 2) * torch.randn(shape, generator=generator)
+
+
+def seen_parts(env, observation):
+    """The parts of an observation under the names that `rollout` keeps them by."""
+    if not env.family.image_shape:
+        return {"observations": observation}
+    return {"observations": observation["hand"], "images": observation["image"], "states": env.expert_observation}
 
 
 STREAMS = ("experts", "demonstrations", "imitation", "meta-training", "evaluation")  # add at the end only

@@ -15,13 +15,18 @@ import numpy as np
 import torch
 
 from envs import BatchEnv, correlated_noise, random_streams, rollout
+from vision import KEYPOINTS, init_convolutions, keypoints
 
 
 # ---------------------------------------------------------------- policy
 def init_policy(family, settings, generator, dtype=torch.float32):
-    """theta: MLP on [observation, z], plus z itself and the global log-std. Linear layers as torch.nn.Linear's."""
-    sizes = [family.observation_size + settings.bias_vector, settings.hidden, settings.hidden, family.action_size]
-    theta = {}
+    """theta: MLP on [observation, z], plus z itself and the global log-std. Linear layers as torch.nn.Linear's.
+
+    For a family with images: convolutions too, whose points in the image come before the numbers of the observation.
+    """
+    inputs = family.observation_size + (KEYPOINTS if family.image_shape else 0)
+    sizes = [inputs + settings.bias_vector, settings.hidden, settings.hidden, family.action_size]
+    theta = init_convolutions(generator, dtype) if family.image_shape else {}
     for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:]), start=1):
         bound = 1.0 / math.sqrt(fan_in)
         theta[f"w{layer}"] = (torch.rand(fan_in, fan_out, generator=generator, dtype=dtype) * 2 - 1) * bound
@@ -35,19 +40,40 @@ def init_step_sizes(theta, settings):
     """alpha: one step size per element of theta, the same for every inner step.
 
     That of log-std is 0 and stays so [ours]: the outer loss sees mean actions only, and left to learn, it lets the
-    exploration noise drift up while a policy adapts. The noise itself, theta's log-std, is meta-learned.
+    exploration noise drift up while a policy adapts. The noise itself, theta's log-std, is meta-learned. Convolutions do not
+    adapt [release] and have no step size.
     """
     return {name: torch.full_like(value, 0.0 if name == "log_std" else settings.init_step_size)
-            for name, value in theta.items()}
+            for name, value in theta.items() if not shared(name)}
+
+
+def shared(name):
+    """Whether all tasks share that parameter, adapted or not: the convolutions' do, and have no task axis in phi."""
+    return name.startswith("conv")
 
 
 def per_task(theta, n):
     """theta -> phi with a leading task axis of n, each task a view of the same parameters."""
-    return {name: value.expand(n, *value.shape) for name, value in theta.items()}
+    return {name: value if shared(name) else value.expand(n, *value.shape) for name, value in theta.items()}
+
+
+def one_task(phi, i):
+    """phi of task i alone, its task axis kept."""
+    return {name: value if shared(name) else value[i:i + 1] for name, value in phi.items()}
+
+
+def see(phi, observation, image=None):
+    """What `policy_mean` takes: scaled observations (n, B, obs), behind the points found in images (n, B, ...), if any."""
+    return observation if image is None else torch.cat([keypoints(phi, image), observation], dim=-1)
+
+
+def seen(phi, batch):
+    """A batch with the numbers of its observation behind the points found in its images, if it has any."""
+    return batch | {"observation": see(phi, batch["observation"], batch.get("image"))}
 
 
 def policy_mean(phi, observation):
-    """Mean action (n, B, act) for scaled observations (n, B, obs)."""
+    """Mean action (n, B, act) for scaled observations (n, B, obs), as `see` returns them."""
     z = phi["z"].expand(-1, observation.shape[1], -1)
     x = torch.cat([observation, z], dim=-1)
     x = torch.baddbmm(phi["b1"], x, phi["w1"]).relu()
@@ -83,21 +109,21 @@ def inner_loss(phi, batch, settings):
 def inner_step(phi, alpha, batch, settings, first_order=False):
     """phi_i' = phi_i - alpha * grad loss_i for all tasks at once; differentiable in phi and alpha.
 
-    Tasks share no entry of `phi`, so the gradient of the sum over tasks holds each task's own gradient.
+    Tasks share no entry of `phi` that adapts, so the gradient of the sum over tasks holds each task's own gradient.
     `first_order` cuts the second derivative, where no outer gradient is taken.
     """
     if first_order:
         phi = {name: value.detach().requires_grad_() for name, value in phi.items()}
-    gradient = torch.autograd.grad(inner_loss(phi, batch, settings).sum(), list(phi.values()),
+    gradient = torch.autograd.grad(inner_loss(phi, batch, settings).sum(), [phi[name] for name in alpha],
                                    create_graph=not first_order)
-    return {name: value - alpha[name] * g for (name, value), g in zip(phi.items(), gradient)}
+    return phi | {name: phi[name] - alpha[name] * g for name, g in zip(alpha, gradient)}
 
 
 def adapt(theta, alpha, batches, settings, n, first_order=False):
     """[phi_0, phi_1, ...]: theta for each of n tasks, then after each inner step on `batches[k]`."""
     path = [{name: value.clone() for name, value in per_task(theta, n).items()}]
     for batch in batches:
-        path.append(inner_step(path[-1], alpha, batch, settings, first_order))
+        path.append(inner_step(path[-1], alpha, seen(theta, batch), settings, first_order))
     return path
 
 
@@ -119,14 +145,17 @@ def imitation_loss(phi, observation, expert_action):
 def meta_loss(theta, alpha, batches, demonstration, settings, exploration=None):
     """The paper's meta-objective, averaged over the adapted phi_1 ... phi_k, and [ours] a little of it on phi_0.
 
-    `demonstration`: a pair (observation (n, B, obs), expert action (n, B, act)). The loss on phi_0 keeps the
-    pre-update policy at the block: the paper's objective gives it no credit for what its rollouts show. `exploration`,
-    another such pair of any n, is what phi_0 shall imitate instead.
+    `demonstration`: (observation (n, B, obs), expert action (n, B, act)), and images (n, B, ...) where there are any. The
+    loss on phi_0 keeps the pre-update policy at the block: the paper's objective gives it no credit for what its rollouts
+    show. `exploration`, demonstrations of any n tasks, are what phi_0 shall imitate instead.
     """
-    path = adapt(theta, alpha, batches, settings, len(demonstration[0]))
-    losses = [imitation_loss(phi, *demonstration) for phi in path]
+    observation, expert_action, *image = demonstration
+    path = adapt(theta, alpha, batches, settings, len(observation))
+    observation = see(theta, observation, *image)  # once for all phi: they share the convolutions
+    losses = [imitation_loss(phi, observation, expert_action) for phi in path]
     if exploration is not None:
-        losses[0] = imitation_loss(per_task(theta, len(exploration[0])), *exploration)
+        observation, expert_action, *image = exploration
+        losses[0] = imitation_loss(per_task(theta, len(observation)), see(theta, observation, *image), expert_action)
     loss = sum(losses[1:]) / len(batches) + settings.pre_update_imitation * losses[0]
     return loss, {f"imitation_{k}": value.detach() for k, value in enumerate(losses)}
 
@@ -134,6 +163,15 @@ def meta_loss(theta, alpha, batches, demonstration, settings, exploration=None):
 # ---------------------------------------------------------------- data of one collection
 def scaled(family, observation, dtype=torch.float32):
     return torch.as_tensor((observation - family.observation_centre) / family.observation_scale, dtype=dtype)
+
+
+def policy_input(family, phi, observation):
+    """What an environment returned for n tasks' episodes in order -> input of `policy_mean`, (n, B, ...)."""
+    n, dtype, device = len(phi["z"]), phi["z"].dtype, phi["z"].device
+    split = lambda x: x.to(device).view(n, -1, *x.shape[1:])  # noqa: E731
+    if not family.image_shape:
+        return split(scaled(family, observation, dtype))
+    return see(phi, split(scaled(family, observation["hand"], dtype)), split(torch.as_tensor(observation["image"].copy())))
 
 
 @torch.no_grad()
@@ -147,7 +185,7 @@ def collect(env, tasks, phi, settings, generator):
                                                             settings.noise_correlation, generator)
 
     def act(observation):
-        mean = policy_mean(phi, scaled(env.family, observation, std.dtype).to(std.device).view(n, -1, observation.shape[-1]))
+        mean = policy_mean(phi, policy_input(env.family, phi, observation))
         # Not clipped here: the environment clips, and log pi must be that of the Gaussian's own sample.
         action = mean if noise is None else mean + std * next(noise).to(mean)
         return action.flatten(0, 1).cpu().numpy()
@@ -213,19 +251,31 @@ def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None)
         advantage_scale = (advantage.square().sum() / mask.sum()).sqrt().clamp(min=1e-8)
     batch = {"observation": observation.flatten(1, 2), "action": tensor(episodes["actions"]).flatten(1, 2),
              "advantage": (advantage / advantage_scale).flatten(1, 2), "mask": mask.flatten(1, 2)}
-    batch["log_prob"] = log_prob(phi, batch["observation"], batch["action"], settings)
+    if family.image_shape:
+        images = episodes["images"][:, :-1]
+        batch["image"] = torch.as_tensor(images.reshape(n, -1, *family.image_shape)).to(phi["z"].device)
+    batch["log_prob"] = log_prob(phi, seen(phi, batch)["observation"], batch["action"], settings)
     return batch, float(advantage_scale)
 
 
 # ---------------------------------------------------------------- demonstrations
 class Demonstrations:
-    """D*_i: labelled states of each task: arrays (n, M, obs) and (n, M, act), M the same for all tasks."""
+    """D*_i: labelled states of each task: arrays (n, M, obs) and (n, M, act), M the same for all tasks; where the policy
+    sees images, `observations` are the numbers beside them and `images` (n, M, rows, columns, 3) uint8."""
 
-    def __init__(self, observations, actions):
+    def __init__(self, observations, actions, images=None):
         if observations.ndim != 3 or actions.ndim != 3 or observations.shape[:2] != actions.shape[:2]:
             raise ValueError(f"demonstrations need shapes (n, M, obs) and (n, M, act), not {observations.shape} "
                              f"and {actions.shape}")
-        self.observations, self.actions = observations, actions
+        if images is not None and images.shape[:2] != actions.shape[:2]:
+            raise ValueError(f"demonstrations have {actions.shape[:2]} actions and {images.shape[:2]} images")
+        self.observations, self.actions, self.images, self.features = observations, actions, images, None
+
+    @torch.no_grad()
+    def keep_features(self, family, theta):
+        """From now on `sample` gives what `theta`'s convolutions see in the images: for convolutions that learn no more."""
+        device = theta["z"].device
+        self.features = see(theta, scaled(family, self.observations).to(device), torch.as_tensor(self.images).to(device))
 
     def add(self, observations, actions):
         self.observations = np.concatenate([self.observations, observations], axis=1)
@@ -233,10 +283,13 @@ class Demonstrations:
 
     def sample(self, family, generator, tasks, count, device="cpu"):
         """`count` random labelled states of each task index in `tasks` (m,): observation (m, count, obs), scaled, and
-        expert action (m, count, act)."""
+        expert action (m, count, act); for a family with images also those, (m, count, rows, columns, 3) uint8."""
         task, index = tasks[:, None], generator.integers(self.observations.shape[1], size=(len(tasks), count))
-        return (scaled(family, self.observations[task, index]).to(device),
-                torch.as_tensor(self.actions[task, index], dtype=torch.float32).to(device))
+        action = torch.as_tensor(self.actions[task, index], dtype=torch.float32).to(device)
+        if self.features is not None:
+            return self.features[torch.as_tensor(task), torch.as_tensor(index)], action
+        image = [torch.as_tensor(self.images[task, index]).to(device)] if family.image_shape else []
+        return scaled(family, self.observations[task, index]).to(device), action, *image
 
 
 def imitate(family, demonstrations, settings, device="cpu"):
@@ -250,8 +303,8 @@ def imitate(family, demonstrations, settings, device="cpu"):
     everyone = np.arange(len(demonstrations.observations))
     for step in range(settings.imitation_steps):
         set_rates(optimiser, [settings.learning_rate], step / settings.imitation_steps, final=0.0)
-        observation, action = demonstrations.sample(family, rng, everyone, settings.imitation_batch, device)
-        loss = imitation_loss(per_task(theta, len(everyone)), observation, action)
+        observation, action, *image = demonstrations.sample(family, rng, everyone, settings.imitation_batch, device)
+        loss = imitation_loss(per_task(theta, len(everyone)), see(theta, observation, *image), action)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -271,6 +324,8 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
     family, n = env.family, len(tasks)
     learner = MetaLearner(theta, demonstrations, settings, state, device)
     theta, alpha = learner.theta, learner.alpha
+    if learner.fixed_eyes:
+        demonstrations.keep_features(family, theta)
     aggregate = experts is not None and settings.aggregation_episodes > 0
     aggregation_env = env.resized(n * settings.aggregation_episodes) if aggregate else None
     explorers = np.arange(n)[n - min(n, settings.exploring_tasks):]
@@ -293,8 +348,8 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
             exploration = None
             if len(explorers):
                 exploration = demonstrations.sample(family, rng, explorers, settings.imitation_batch, device)
-            loss, info = meta_loss(theta, alpha, [of_tasks(batch, some) for batch in batches], demonstration, settings,
-                                   exploration)
+            inner = [some_images(of_tasks(batch, some), rng, settings.image_batch) for batch in batches]
+            loss, info = meta_loss(theta, alpha, inner, demonstration, settings, exploration)
             learner.minimise(loss, collection * settings.meta_steps + step)
 
         # 3c. Aggregation: roll out pi_phi_i on T_i, label the visited states with the experts, add them to D*_i. phi_i is
@@ -321,6 +376,7 @@ class MetaLearner:
         self.optimiser = torch.optim.Adam([{"params": list(self.theta.values())}, {"params": list(self.alpha.values())}])
         self.scales, self.collection, self.env_steps = [], 0, 0
         self.given = demonstrations.observations.shape[1]  # labelled states per task before any aggregation
+        self.fixed_eyes = demonstrations.images is not None and settings.image_batch == 0
         if state is not None:
             with torch.no_grad():
                 for own, saved in ((self.theta, state["theta"]), (self.alpha, state["alpha"])):
@@ -336,6 +392,9 @@ class MetaLearner:
         batch, scale = policy_gradient_batch(episodes, phi, family, self.settings, fixed)
         if k == len(self.scales):
             self.scales.append(scale)
+        if self.fixed_eyes:  # convolutions do not change: what they see in a batch serves all its meta-steps
+            with torch.no_grad():
+                batch = {name: value for name, value in seen(phi, batch).items() if name != "image"}
         return batch
 
     def minimise(self, loss, step):
@@ -388,6 +447,15 @@ def of_tasks(batch, tasks):
     return {name: value[tasks] for name, value in batch.items()}
 
 
+def some_images(batch, generator, count):
+    """`count` random samples of a batch with images, the same of each task, since a meta-step has not the time to look at
+    all of them; any other batch as it is."""
+    if "image" not in batch:
+        return batch
+    chosen = torch.as_tensor(generator.permutation(batch["image"].shape[1])[:count])
+    return {name: value[:, chosen.to(value.device)] for name, value in batch.items()}
+
+
 def set_rates(optimiser, rates, progress, final=0.1):
     """Learning rates fall linearly to `final` of their start as `progress` goes from 0 to 1."""
     for group, rate in zip(optimiser.param_groups, rates):
@@ -420,7 +488,7 @@ def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed
             batch, _ = policy_gradient_batch(episodes, phi, family, settings, scales[min(k, len(scales) - 1)])
             shrink = settings.later_steps ** max(0, k + 1 - len(scales))  # as many scales as meta-trained steps
             step_size = {name: shrink * value for name, value in alpha.items()}
-            phi = detached(inner_step(phi, step_size, batch, settings, first_order=True))
+            phi = detached(inner_step(phi, step_size, seen(phi, batch), settings, first_order=True))
     env.close(), mean_env.close()
     for name in ("mean", "sampled"):
         out[name] = {key: np.array(values) for key, values in out[name].items()}

@@ -289,6 +289,8 @@ def run_experts(env, experts, tasks, generator=None, noise=0.0):
     n = len(tasks)
 
     def act(observation):
+        if env.family.image_shape:  # the policy sees a picture, a demonstrator the state
+            observation = env.expert_observation
         action = np.array(experts(observation.reshape(n, -1, observation.shape[-1]), tasks))
         if generator is not None:
             action[:, 1:] += generator.normal(0.0, noise, action[:, 1:].shape).astype(action.dtype)
@@ -351,32 +353,40 @@ def train_experts(env, tasks, settings, state=None, device="cpu"):
 
 
 def make_demonstrations(env, experts, tasks, settings):
-    """Step 2, D*_i: states (n, M, obs) that the experts visit and their mean actions there (n, M, act), and env steps.
+    """Step 2, D*_i: states (n, M, obs) that the experts visit and their mean actions there (n, M, act), and env steps; a
+    family with images has those, (n, M, rows, columns, 3), before the env steps.
 
     Each task's first episode is the expert's own; in the others Gaussian noise moves it off its path, so that the
     labels show how it comes back. `env`: BatchEnv with len(tasks) * settings.demonstration_episodes environments.
     """
     rng, _ = random_streams(settings.seed, "demonstrations", 0)
     episodes = run_experts(env, experts, tasks, rng, settings.demonstration_noise)
-    observations = episodes["observations"][:, :-1].reshape(len(tasks), -1, env.family.observation_size)
-    return observations, experts(observations, tasks), int(episodes["mask"].sum())
+    by_task = lambda x: x[:, :-1].reshape(len(tasks), -1, *x.shape[2:])  # noqa: E731
+    images = [by_task(episodes["images"])] if env.family.image_shape else []
+    actions = experts(by_task(episodes["states" if images else "observations"]), tasks)
+    return by_task(episodes["observations"]), actions, *images, int(episodes["mask"].sum())
 
 
-def save_demonstrations(file, tasks, observations, actions, env_steps):
-    """npz with tasks (n, task), observations (n, M, obs), actions (n, M, act) and the env steps that they took."""
-    np.savez_compressed(file, tasks=tasks, observations=observations, actions=actions, env_steps=env_steps)
+def save_demonstrations(file, tasks, arrays, env_steps):
+    """npz with tasks (n, task), observations (n, M, obs), actions (n, M, act), of a family with images these too
+    (n, M, height, width, 3), and the env steps that they took. `arrays`: observations, actions and any images.
+    """
+    named = dict(zip(("observations", "actions", "images"), arrays))
+    np.savez_compressed(file, tasks=tasks, env_steps=env_steps, **named)
 
 
 def load_demonstrations(file, family):
-    """What `save_demonstrations` was given (env_steps 0 where missing); ValueError where shapes do not fit `family`."""
+    """(tasks, arrays, env_steps) as `save_demonstrations` was given, env_steps 0 where missing; ValueError where shapes do
+    not fit `family`."""
     data = np.load(file, allow_pickle=False)
     if not isinstance(data, np.lib.npyio.NpzFile):
         raise ValueError("demonstrations must be an npz file")
     with data:
-        missing = {"tasks", "observations", "actions"} - set(data.files)
+        needed = ("tasks", "observations", "actions") + (("images",) if family.image_shape else ())
+        missing = set(needed) - set(data.files)
         if missing:
             raise ValueError(f"demonstrations lack {sorted(missing)}")
-        tasks, observations, actions = data["tasks"], data["observations"], data["actions"]
+        tasks, observations, actions, *images = (data[name] for name in needed)
         env_steps = int(data["env_steps"]) if "env_steps" in data.files else 0
     n, tasks = len(observations), np.atleast_2d(tasks)
     for name, array, size in (("tasks", tasks[:, None], family.task_size),
@@ -388,4 +398,8 @@ def load_demonstrations(file, family):
             raise ValueError(f"demonstrations: {name} are not all finite")
     if observations.shape[1] != actions.shape[1]:
         raise ValueError("demonstrations: observations and actions differ in length")
-    return tasks, observations, actions, env_steps
+    for image in images:
+        if image.shape != (*actions.shape[:2], *family.image_shape) or image.dtype != np.uint8:
+            raise ValueError(f"demonstrations: images have shape {image.shape} and type {image.dtype}, not (n, M, "
+                             f"{', '.join(map(str, family.image_shape))}) and uint8")
+    return tasks, (observations, actions, *images), env_steps

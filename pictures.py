@@ -54,8 +54,7 @@ def draw_video(run, path, task):
             frames = [env.render()]
             for step in range(1, run.family.horizon + 1):
                 with torch.no_grad():
-                    seen = gmps.scaled(run.family, observation).to(run.device)[None]
-                    action = gmps.policy_mean(phi, seen)[0].cpu().numpy()
+                    action = gmps.policy_mean(phi, gmps.policy_input(run.family, phi, observation))[0].cpu().numpy()
                 observation, *_ = env.step(action)
                 if step % run.family.frames_every == 0:
                     frames.append(env.render())

@@ -40,6 +40,7 @@ from files import (
 )
 from local_policies import Experts, make_demonstrations, run_experts, save_demonstrations, train_experts
 from pictures import draw_extrapolation, draw_plot, draw_video
+from vision import Camera
 
 TABLE_STEPS = (0, 1, 2, 3, 5)  # gradient steps shown in the closing table
 EXPERT_CHECKPOINT_EVERY = 5    # iterations; the checkpoint holds the whole replay
@@ -128,7 +129,7 @@ def experts_phase(run):
         content = run.load(partial, "experts in training")
         state = content and content["state"]
         run.begin("experts")
-        env = run.batch_env(settings.training_tasks * settings.expert_episodes)
+        env = BatchEnv(settings.training_tasks * settings.expert_episodes, run.family.expert_family, run.threads)
         done = state["iteration"] if state else 0
         with progress_bar(f"experts ({settings.experts})", settings.expert_iterations, done) as bar:
             for experts, snapshot, metrics in train_experts(env, run.training_tasks, settings, state, run.device):
@@ -148,26 +149,26 @@ def experts_phase(run):
 def expert_policies(content, device="cpu"):
     """`Experts` from the content of experts.pt."""
     settings = content["settings"]
-    family = make_family(settings.task, settings.reward)
+    family = make_family(settings.task, settings.reward).expert_family
     return Experts(family, [p.to(device) for p in content["policy"]], task_set(family, "train", settings.training_tasks),
                    settings.experts == "contextual")
 
 
 def demonstrations_phase(run, experts):
     """Step 2. Leaves demonstrations.npz, from which a run that goes on reads them; returns them and their env steps."""
-    path = run.out / "demonstrations.npz"
+    path, settings = run.out / "demonstrations.npz", run.settings
     if not path.exists():
         if run.demos is None:
-            env = run.batch_env(run.settings.training_tasks * run.settings.demonstration_episodes)
-            made = (run.training_tasks, *make_demonstrations(env, experts, run.training_tasks, run.settings))
+            env = run.batch_env(settings.training_tasks * settings.demonstration_episodes)
+            *arrays, env_steps = make_demonstrations(env, experts, run.training_tasks, settings)
             env.close()
         else:
-            made = (*run.demos, 0)
-        write_atomically(path, lambda file: save_demonstrations(file, *made))
-    tasks, observations, actions, env_steps = read_demonstrations(path, run.family)
-    if run.demos is not None and not all(map(np.array_equal, run.demos, (tasks, observations, actions))):
+            arrays, env_steps = run.demos[1], 0
+        write_atomically(path, lambda file: save_demonstrations(file, run.training_tasks, arrays, env_steps))
+    tasks, arrays, env_steps = read_demonstrations(path, run.family)
+    if run.demos is not None and not all(map(np.array_equal, (run.demos[0], *run.demos[1]), (tasks, *arrays))):
         raise UserError(f"{path} holds other demonstrations: choose another folder with --out")
-    return gmps.Demonstrations(observations, actions), env_steps
+    return gmps.Demonstrations(*arrays), env_steps
 
 
 def meta_training_phase(run, experts, demonstrations, demonstration_steps):
@@ -221,7 +222,7 @@ def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, se
         for number, chunk in enumerate(chunks):
             result = gmps.evaluate(family, theta, alpha, policy["scales"], chunk, gradient_steps, settings, seed,
                                    threads, number)
-            path = path or [{name: value[:1] for name, value in phi.items()} for phi in result["path"]]
+            path = path or [gmps.one_task(phi, 0) for phi in result["path"]]
             for name, kind in (("held_out", "mean"), ("held_out_sampled", "sampled")):
                 for k in range(gradient_steps + 1):
                     lists[name] += records(chunk, result[kind]["return"][k], result[kind]["distance"][k], gradient_steps=k)
@@ -360,6 +361,13 @@ def choose_settings(options, task, seed, demos=None):
         family = make_family(task, chosen.reward)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if family.image_shape:
+        if chosen.aggregation_episodes:
+            raise UserError(f"{task} learns from demonstrations alone: leave aggregation_episodes at 0")
+        try:
+            Camera(family).close()
+        except RuntimeError as error:
+            raise UserError(str(error)) from None
     if (chosen.experts == "scripted") != hasattr(family, "expert") and chosen.experts != "demonstrations":
         raise UserError(f"{task} has no {chosen.experts} experts")
     return chosen
@@ -372,7 +380,7 @@ def train(options):
     several = len(tasks) * len(seeds) > 1
     for task in tasks:
         for seed in seeds:
-            demos = read_demonstrations(options.demos, make_family(task))[:3] if options.demos else None
+            demos = read_demonstrations(options.demos, make_family(task)) if options.demos else None
             settings = choose_settings(options, task, seed, demos)
             kind = {"local": "_local", "demonstrations": "_demos"}.get(settings.experts, "")
             kind += ("_sparse" if options.reward == "sparse" else "") + ("_quick" if options.quick else "")

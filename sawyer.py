@@ -98,6 +98,7 @@ class SawyerPush:
     # Networks see (observation - centre) / scale: a decimetre is about the range in which positions vary.
     observation_centre, observation_scale = np.array([0.0, 0.6, 0.1, 0.0, 0.65, 0.02]), np.full(6, 0.1)
     observation_size, action_size, task_size, outcome_size = 6, 3, 2, 6
+    image_shape = None  # (rows, columns, 3) where the policy also sees a picture
     horizon, frame_skip = 50, 5
     task_low, task_high = np.array([-0.1, 0.7]), np.array([0.1, 0.8])
     task_limits = np.array([-0.4, 0.4]), np.array([0.4, 1.2])  # the table: goals off it are refused
@@ -120,6 +121,11 @@ class SawyerPush:
     def __init__(self, reward="dense"):
         self.reward = reward
         self.reward_weights = {"near": 1.0} if reward == "sparse" else {"reach": 1.0, "place": 100.0}
+
+    @property
+    def expert_family(self):
+        """The family whose observation experts see: this one."""
+        return self
 
     def xml(self):
         block = f"""<body name="block" pos="{_text(self.block_start)}"><freejoint/>

@@ -17,7 +17,7 @@ def one_of(default, *choices):
 
 @dataclass(frozen=True)
 class Settings:
-    task: str = one_of("push", "push", "ant", "door")
+    task: str = one_of("push", "push", "ant", "door", "push-vision")
     seed: int = within(0, 0, 2 ** 31 - 1)
     experts: str = one_of("contextual", "contextual", "local", "scripted", "demonstrations")
     reward: str = one_of("dense", "dense", "sparse")
@@ -71,6 +71,8 @@ class Settings:
     aggregation_episodes: int = within(2, 0, 1000)    # per task and collection, step 3c; 0: none
     warm_up_steps: int = within(25, 1, 1_000_000)     # meta-steps over which the learning rates rise [ours]
     imitation_batch: int = within(200, 1, 100_000)    # labelled states per task and meta-step
+    # Images per task, inner step and meta-step; 0: convolutions stay as imitation left them, and all images count [ours]
+    image_batch: int = within(0, 0, 100_000)
     learning_rate: float = within(3e-3, 1e-7, 1.0)    # outer Adam, theta [release: 1e-3]
     step_size_learning_rate: float = within(1e-2, 1e-7, 1.0)  # outer Adam, alpha [ours]
     pre_update_imitation: float = within(0.3, 0.0, 100.0)     # weight of the pre-update policy's own imitation [ours]
@@ -99,7 +101,10 @@ ANT = dict(
     demonstration_episodes=4, imitation_steps=1000,
     discount=0.99, gae_lambda=0.95, noise_correlation=0.9, max_weight=2.0, init_std=0.4, min_std=0.3, episodes=24,
     test_episodes=50, later_steps=0.9, meta_batch=10, meta_steps=35, init_step_size=0.02, step_size_learning_rate=6e-3)
-TASKS = {"push": {}, "ant": ANT}
+# Push from images: rendering takes most of the time, so there are fewer goals and one inner step, and more meta-steps
+# on each collection. Meta-training knows the demonstrations alone: nobody labels further states.
+VISION = dict(training_tasks=24, imitation_batch=50, collections=10, meta_steps=50, inner_steps=1, aggregation_episodes=0)
+TASKS = {"push": {}, "ant": ANT, "push-vision": VISION}
 
 # `--experts local`: one small learner for each of the release's number of training goals
 LOCAL = dict(training_tasks=20, expert_episodes=4, expert_width=64, expert_batch=128, expert_updates=300,
