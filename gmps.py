@@ -284,7 +284,9 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
         for step in range(settings.meta_steps):
             some = rng.permutation(n)[:settings.meta_batch]
             demonstration = demonstrations.sample(family, rng, some, settings.imitation_batch, device)
-            exploration = demonstrations.sample(family, rng, explorers, settings.imitation_batch, device) if len(explorers) else None
+            exploration = None
+            if len(explorers):
+                exploration = demonstrations.sample(family, rng, explorers, settings.imitation_batch, device)
             loss, info = meta_loss(theta, alpha, [of_tasks(batch, some) for batch in batches], demonstration, settings,
                                    exploration)
             learner.minimise(loss, collection * settings.meta_steps + step)
