@@ -89,6 +89,10 @@ class Settings:
 LOCAL = dict(training_tasks=20, expert_episodes=4, expert_width=64, expert_batch=128, expert_updates=300,
              expert_iterations=60)
 
+# `--task door`: the pre-update policy opens the door all the way, so that its rollouts pass every angle
+DOOR = dict(training_tasks=20, demonstration_episodes=8, exploring_tasks=2, pre_update_imitation=1.0, episodes=10,
+            inner_steps=3, collections=14, meta_steps=25, meta_batch=10)
+
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40, collections=2, meta_steps=3,
              imitation_steps=50, episodes=4)
