@@ -239,7 +239,8 @@ def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None)
     """Batch of the inner step from the episodes that phi collected: all (n, K * T, ...).
 
     Advantages are divided by one constant for all tasks, `advantage_scale` (None: this batch's root mean square):
-    dividing by each task's own deviation would blow up the gradient near the goal, where rewards hardly differ.
+    dividing by each task's own deviation would blow up the gradient near the goal, where rewards hardly differ. With
+    settings.advantage_scale "task" it is done all the same, where rewards differ in size from task to task.
     """
     n, dtype = len(phi["z"]), phi["z"].dtype
     tensor = lambda x: torch.as_tensor(x, dtype=dtype).to(phi["z"].device).view(n, -1, *x.shape[1:])  # noqa: E731
@@ -247,6 +248,9 @@ def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None)
     observation = observation.view(n, -1, *observation.shape[1:])  # (n, K, T, obs)
     mask = tensor(episodes["mask"])
     advantage = advantages(observation, tensor(episodes["rewards"]), mask, family.baseline_products, settings)
+    if settings.advantage_scale == "task":
+        advantage_scale, own = 1.0, advantage.square().sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
+        advantage = advantage / own.sqrt().clamp(min=1e-6)
     if advantage_scale is None:  # a sparse reward that nobody found gives no advantage, and no step: not 0 / 0
         advantage_scale = (advantage.square().sum() / mask.sum()).sqrt().clamp(min=1e-8)
     batch = {"observation": observation.flatten(1, 2), "action": tensor(episodes["actions"]).flatten(1, 2),

@@ -57,6 +57,7 @@ class Settings:
     max_weight: float = within(1e6, 1.0, 1e30)        # of a sample in the inner step: pi / pi_behaviour [ours]
     episodes: int = within(20, 2, 10_000)             # K rollouts per task and inner step [release]
     discount: float = within(0.9, 0.0, 1.0)           # of advantages [ours; release: 0.99]
+    advantage_scale: str = one_of("shared", "shared", "task")  # what advantages are divided by [release: each task's]
     gae_lambda: float = within(0.8, 0.0, 1.0)         # [ours; release: 1]
 
     # Meta-training, step 3 (gmps.py)
@@ -109,6 +110,10 @@ TASKS = {"push": {}, "ant": ANT, "push-vision": VISION}
 # `--experts local`: one small learner for each of the release's number of training goals
 LOCAL = dict(training_tasks=20, expert_episodes=4, expert_width=64, expert_batch=128, expert_updates=300,
              expert_iterations=60)
+
+# `--task door`: the pre-update policy opens the door all the way, so that its rollouts pass every angle
+DOOR = dict(training_tasks=20, demonstration_episodes=8, exploring_tasks=2, pre_update_imitation=1.0, episodes=10,
+            inner_steps=3, collections=14, meta_steps=25, meta_batch=10)
 
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40, collections=2, meta_steps=3,

@@ -4,9 +4,11 @@ import warnings
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 
 import door
+import gmps
 from conftest import record
 from envs import BatchEnv, check_tasks, make_family, rollout, task_set
 from local_policies import make_demonstrations
@@ -15,7 +17,7 @@ from settings import Settings
 DOOR = make_family("door")
 
 
-def with_expert(tasks, noise=0.0, episodes=1, threads=1, rows=slice(None)):
+def with_expert(tasks, noise=0.0, episodes=1, threads=1):
     """Episodes of the scripted expert, `episodes` per task, with noise on its actions."""
     env, rng = BatchEnv(len(tasks) * episodes, DOOR, threads), np.random.default_rng(0)
 
@@ -116,6 +118,15 @@ def test_door_stays_where_it_is_let_go_and_moves_only_by_its_handle():
     observations, rewards = record(env, actions, np.array([0.5]))
     assert np.abs(observations[-1, 0, 3:] - observations[0, 0, 3:]).max() < 5e-3
     assert observations[:, 0, 1].max() < 0.9 and np.isfinite(rewards).all() and env.divergences == 0
+
+
+def test_policy_from_scratch_finds_no_reward_and_takes_no_step():
+    """Its hand never comes near the handle: rewards, and so advantages and gradient, are exactly 0, not 0 / 0."""
+    settings, tasks = Settings(task="door", episodes=5), task_set(DOOR, "validation", 2)
+    theta = gmps.init_policy(DOOR, settings, torch.Generator().manual_seed(0))
+    result = gmps.evaluate(DOOR, theta, gmps.init_step_sizes(theta, settings), [None], tasks, 1, settings, 0, 1)
+    assert (result["sampled"]["return"] == 0).all()
+    assert all(torch.equal(result["path"][1][name], result["path"][0][name]) for name in theta)
 
 
 def test_bits_depend_neither_on_threads_nor_on_batch():
