@@ -54,7 +54,7 @@ class SawyerDoor:
     name, env_id = "door", "gmps/SawyerDoor-v0"
     observation_size, action_size, task_size, outcome_size = 6, 3, 1, 2
     # Networks see (observation - centre) / scale.
-    observation_centre, observation_scale = np.array([0.0, 0.7, 0.3, 0.02, 0.82, 0.3]), np.full(6, 0.1)
+    observation_centre, observation_scale = np.array([0.0, 0.7, 0.3, 0.02, 0.82, 0.3]), np.repeat([0.1, 0.05], 3)
     image_shape = None
     observation_limit = 2.0  # metres: of gymnasium's observation space
     horizon, frame_skip = 100, 5

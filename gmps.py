@@ -37,14 +37,21 @@ def init_policy(family, settings, generator, dtype=torch.float32):
 
 
 def init_step_sizes(theta, settings):
-    """alpha: one step size per element of theta, the same for every inner step.
+    """alpha: one step size per element of theta, the same for every inner step or, with settings.step_sizes "per step", one
+    for each of them behind a leading axis.
 
     That of log-std is 0 and stays so [ours]: the outer loss sees mean actions only, and left to learn, it lets the
     exploration noise drift up while a policy adapts. The noise itself, theta's log-std, is meta-learned. Convolutions do not
     adapt [release] and have no step size.
     """
-    return {name: torch.full_like(value, 0.0 if name == "log_std" else settings.init_step_size)
+    steps = (settings.inner_steps,) if settings.step_sizes == "per step" else ()
+    return {name: torch.full_like(value, 0.0 if name == "log_std" else settings.init_step_size).repeat(*steps, 1, 1)
             for name, value in theta.items() if not shared(name)}
+
+
+def of_step(alpha, k):
+    """alpha of inner step k, counted from 0; past the last that it has been learned for, that of the last."""
+    return {name: value[min(k, len(value) - 1)] if value.dim() == 3 else value for name, value in alpha.items()}
 
 
 def shared(name):
@@ -122,8 +129,8 @@ def inner_step(phi, alpha, batch, settings, first_order=False):
 def adapt(theta, alpha, batches, settings, n, first_order=False):
     """[phi_0, phi_1, ...]: theta for each of n tasks, then after each inner step on `batches[k]`."""
     path = [{name: value.clone() for name, value in per_task(theta, n).items()}]
-    for batch in batches:
-        path.append(inner_step(path[-1], alpha, seen(theta, batch), settings, first_order))
+    for k, batch in enumerate(batches):
+        path.append(inner_step(path[-1], of_step(alpha, k), seen(theta, batch), settings, first_order))
     return path
 
 
@@ -296,18 +303,21 @@ class Demonstrations:
         return scaled(family, self.observations[task, index]).to(device), action, *image
 
 
-def imitate(family, demonstrations, settings, device="cpu"):
+def imitate(family, demonstrations, settings, device="cpu", last=0):
     """theta of one policy that imitates all experts at once, without adaptation: plain supervised learning.
 
-    It is the baseline "no adaptation", and where meta-training starts from [ours]: its rollouts reach the block.
+    It is the baseline "no adaptation", and where meta-training starts from [ours]: its rollouts reach the block. `last`:
+    imitate those of the last so many tasks alone.
     """
     rng, generator = random_streams(settings.seed, "imitation", 0)
     theta = {name: value.to(device).requires_grad_() for name, value in init_policy(family, settings, generator).items()}
     optimiser = torch.optim.Adam(theta.values(), lr=settings.learning_rate)
-    everyone = np.arange(len(demonstrations.observations))
+    n = len(demonstrations.observations)
+    everyone = np.arange(n - last if last else 0, n)
     for step in range(settings.imitation_steps):
         set_rates(optimiser, [settings.learning_rate], step / settings.imitation_steps, final=0.0)
-        observation, action, *image = demonstrations.sample(family, rng, everyone, settings.imitation_batch, device)
+        observation, action, *image = demonstrations.sample(family, rng, everyone,
+                                                            settings.imitation_batch * n // len(everyone), device)
         loss = imitation_loss(per_task(theta, len(everyone)), see(theta, observation, *image), action)
         optimiser.zero_grad()
         loss.backward()
@@ -473,7 +483,8 @@ def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed
     `tasks` (n, task); `stream` numbers the random stream of `seed` for the rollouts' noise. Returns {"mean": ..,
     "sampled": ..} of {"return", "distance"} arrays (gradient_steps + 1, n), for the mean action (one episode: simulator
     and policy are deterministic) and averaged over the sampled rollouts; "path", the adapted parameters after each
-    step; and "env_steps". Steps past those meta-trained use the last step's advantage scale and `later_steps`.
+    step; and "env_steps". Steps past those meta-trained use the last step's advantage scale and step sizes, these times
+    settings.later_steps for each further step, and at least settings.later_floor.
     """
     n = len(tasks)
     env, mean_env = BatchEnv(n * settings.episodes, family, threads), BatchEnv(n, family, threads)
@@ -490,8 +501,9 @@ def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed
             out["env_steps"] += int(rolled["mask"].sum())
         if k < gradient_steps:
             batch, _ = policy_gradient_batch(episodes, phi, family, settings, scales[min(k, len(scales) - 1)])
-            shrink = settings.later_steps ** max(0, k + 1 - len(scales))  # as many scales as meta-trained steps
-            step_size = {name: shrink * value for name, value in alpha.items()}
+            past = max(0, k + 1 - len(scales))  # as many scales as meta-trained steps
+            shrink = max(settings.later_steps ** past, settings.later_floor) if past else 1.0
+            step_size = {name: shrink * value for name, value in of_step(alpha, k).items()}
             phi = detached(inner_step(phi, step_size, seen(phi, batch), settings, first_order=True))
     env.close(), mean_env.close()
     for name in ("mean", "sampled"):

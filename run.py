@@ -185,9 +185,12 @@ def meta_training_phase(run, experts, demonstrations, demonstration_steps):
             run.save(partial, "policy in training", {"state": None, "no_adaptation": imitation})
         else:
             imitation = content["no_adaptation"]
+        start, some = imitation, min(settings.exploring_tasks, settings.training_tasks)
+        if some and state is None:
+            start = gmps.imitate(run.family, demonstrations, settings, run.device, some)
         env = run.batch_env(settings.training_tasks * settings.episodes)
         with progress_bar("meta-training", settings.collections, state["collection"] if state else 0) as bar:
-            training = gmps.meta_train(env, run.training_tasks, demonstrations, experts, imitation, settings, state,
+            training = gmps.meta_train(env, run.training_tasks, demonstrations, experts, start, settings, state,
                                        run.device)
             for state, metrics in training:
                 run.tick(metrics["env_steps"], metrics)

@@ -52,6 +52,7 @@ class Settings:
     bias_vector: int = within(4, 1, 1000)             # size of the learned input z [release]
     init_std: float = within(0.5, 1e-3, 10.0)         # of the exploration noise, learned from there [release: 1]
     min_std: float = within(0.35, 1e-6, 10.0)         # floor of the exploration noise [ours; release: 1e-6]
+    step_sizes: str = one_of("shared", "shared", "per step")  # alpha, by all inner steps or each with its own [ours]
     init_step_size: float = within(0.03, 0.0, 10.0)    # alpha, then learned per element [release: 0.5]
     noise_correlation: float = within(0.0, 0.0, 0.999)  # of the exploration noise from step to step [ours]
     max_weight: float = within(1e6, 1.0, 1e30)        # of a sample in the inner step: pi / pi_behaviour [ours]
@@ -68,6 +69,7 @@ class Settings:
     # Each step past those meta-trained is this fraction of the one before: nothing has taught alpha how far to go there,
     # and on push full steps undo what the first ones gained [ours]
     later_steps: float = within(0.25, 0.0, 1.0)
+    later_floor: float = within(0.0, 0.0, 1.0)        # and never less than this fraction of the last trained step
     test_episodes: int = within(20, 2, 10_000)        # K at meta-test [release: push 40, ant 50]
     aggregation_episodes: int = within(2, 0, 1000)    # per task and collection, step 3c; 0: none
     warm_up_steps: int = within(25, 1, 1_000_000)     # meta-steps over which the learning rates rise [ours]
@@ -105,15 +107,16 @@ ANT = dict(
 # Push from images: rendering takes most of the time, so there are fewer goals and one inner step, and more meta-steps
 # on each collection. Meta-training knows the demonstrations alone: nobody labels further states.
 VISION = dict(training_tasks=24, imitation_batch=50, collections=10, meta_steps=50, inner_steps=1, aggregation_episodes=0)
-TASKS = {"push": {}, "ant": ANT, "push-vision": VISION}
+# The pre-update policy opens the door all the way, so that its rollouts pass every angle; rewards grow with the target
+# angle, hence each task's own scale. Meta-training knows the demonstrations alone.
+DOOR = dict(
+    reward="sparse", experts="scripted", training_tasks=24, demonstration_episodes=8, exploring_tasks=2,
+    pre_update_imitation=1.0, advantage_scale="task", aggregation_episodes=0, collections=14, meta_batch=12)
+TASKS = {"push": {}, "ant": ANT, "door": DOOR, "push-vision": VISION}
 
 # `--experts local`: one small learner for each of the release's number of training goals
 LOCAL = dict(training_tasks=20, expert_episodes=4, expert_width=64, expert_batch=128, expert_updates=300,
              expert_iterations=60)
-
-# `--task door`: the pre-update policy opens the door all the way, so that its rollouts pass every angle
-DOOR = dict(training_tasks=20, demonstration_episodes=8, exploring_tasks=2, pre_update_imitation=1.0, episodes=10,
-            inner_steps=3, collections=14, meta_steps=25, meta_batch=10)
 
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40, collections=2, meta_steps=3,

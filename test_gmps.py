@@ -595,3 +595,87 @@ def test_evaluation_leaves_theta_untouched_and_starts_from_it():
     assert all(torch.equal(theta[name], before[name]) for name in theta)
     assert all(torch.equal(path[0][name][1], before[name]) for name in theta)
     assert all(not torch.equal(path[1][name], path[0][name]) for name in theta if name != "log_std")
+
+
+# ---------------------------------------------------------------- choices that tasks other than push make
+def test_weights_of_the_inner_step_are_bounded():
+    """w = e^2 counts as max_weight = 3, w = 1/e as it is: the loss by hand."""
+    settings = dataclasses.replace(TINY, max_weight=3.0)
+    phi = gmps.per_task(gmps.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 1)
+    generator = torch.Generator().manual_seed(1)
+    batch = {"observation": torch.randn(1, 4, 6, generator=generator), "action": torch.randn(1, 4, 3, generator=generator),
+             "advantage": torch.tensor([[1.0, -2.0, 3.0, 0.5]]), "mask": torch.ones(1, 4)}
+    log_prob = gmps.log_prob(phi, batch["observation"], batch["action"], settings)
+    batch["log_prob"] = log_prob - torch.tensor([[2.0, -1.0, 0.0, 2.0]])
+    weight = torch.tensor([[3.0, math.exp(-1.0), 1.0, 3.0]])
+    expected = -(log_prob * weight * batch["advantage"]).mean()
+    assert gmps.inner_loss(phi, batch, settings).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_advantages_by_each_tasks_own_scale():
+    """Rewards of one task a hundred times the other's: the same advantages. Rewards of 0: none, and nothing is 0 / 0."""
+    settings = dataclasses.replace(TINY, advantage_scale="task")
+    env = BatchEnv(6)
+    tasks = np.repeat(task_set(PUSH, "train", 1), 3, axis=0)
+    phi = gmps.per_task(gmps.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 3)
+    episodes = gmps.collect(env, tasks, phi, settings, torch.Generator().manual_seed(2))
+    for name in episodes:
+        episodes[name] = np.concatenate([episodes[name][:2], episodes[name][:2], episodes[name][:2]])
+    episodes["rewards"] = episodes["rewards"] * np.array([1.0, 1.0, 100.0, 100.0, 0.0, 0.0])[:, None]
+    batch, scale = gmps.policy_gradient_batch(episodes, phi, PUSH, settings)
+    one, other, nothing = batch["advantage"]
+    assert one.square().mean().sqrt().item() * scale == pytest.approx(1.0, rel=1e-4)
+    assert torch.allclose(one, other, rtol=1e-3, atol=1e-4) and not nothing.any()
+
+
+def test_noise_of_a_collection_lasts_where_it_is_asked_to():
+    """Actions minus their mean, over std: correlation 0.9 from step to step, 0 by default; variance 1 either way."""
+    for correlation in (0.0, 0.9):
+        settings = dataclasses.replace(TINY, noise_correlation=correlation)
+        phi = gmps.per_task(gmps.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 1)
+        episodes = gmps.collect(BatchEnv(100), PUSH.training_tasks(1), phi, settings, torch.Generator().manual_seed(3))
+        mean = gmps.policy_mean(phi, gmps.scaled(PUSH, episodes["observations"][:, :-1].reshape(1, -1, 6)))
+        noise = (episodes["actions"] - mean.view(100, 50, 3).numpy()) / gmps.policy_std(phi, settings).numpy()
+        # 15,000 numbers, a tenth as many independent ones where they last: five standard errors
+        assert noise.var() == pytest.approx(1.0, abs=0.2 if correlation else 0.06)
+        assert (noise[:, 1:] * noise[:, :-1]).mean() == pytest.approx(correlation, abs=0.2 if correlation else 0.06)
+
+
+def test_pre_update_policy_may_imitate_other_tasks():
+    """With `exploration`, phi_0's loss is that on those pairs; the adapted policies' losses are as without."""
+    theta = gmps.init_policy(PUSH, TINY, torch.Generator().manual_seed(0))
+    theta = {name: value.requires_grad_() for name, value in theta.items()}
+    alpha = gmps.init_step_sizes(theta, TINY)
+    generator = torch.Generator().manual_seed(4)
+
+    def pairs(n):
+        return torch.randn(n, 5, 6, generator=generator), torch.rand(n, 5, 3, generator=generator)
+    batch = {"observation": torch.randn(2, 7, 6, generator=generator), "action": torch.randn(2, 7, 3, generator=generator),
+             "advantage": torch.randn(2, 7, generator=generator), "mask": torch.ones(2, 7)}
+    phi = gmps.per_task(theta, 2)
+    batch["log_prob"] = gmps.log_prob(phi, batch["observation"], batch["action"], TINY).detach()
+    demonstration, exploration = pairs(2), pairs(3)
+    loss, info = gmps.meta_loss(theta, alpha, [batch], demonstration, TINY)
+    other, other_info = gmps.meta_loss(theta, alpha, [batch], demonstration, TINY, exploration)
+    expected = gmps.imitation_loss(gmps.per_task(theta, 3), *exploration)
+    assert torch.equal(info["imitation_1"], other_info["imitation_1"])
+    assert other_info["imitation_0"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (other - loss).item() == pytest.approx(0.3 * (expected - info["imitation_0"]).item(), rel=1e-4)
+
+
+def test_every_inner_step_may_have_its_own_step_sizes():
+    """Two steps by hand with alpha_0 = 0.1 and alpha_1 = 0.02; past the last step, its own again."""
+    settings = dataclasses.replace(TINY, step_sizes="per step", inner_steps=2)
+    theta = gmps.init_policy(PUSH, settings, torch.Generator().manual_seed(0))
+    alpha = gmps.init_step_sizes(theta, settings)
+    assert all(value.shape == (2, *theta[name].shape) for name, value in alpha.items())
+    alpha = {name: value * torch.tensor([1.0, 0.2]).view(2, 1, 1) for name, value in alpha.items()}
+    generator = torch.Generator().manual_seed(5)
+    batch = {"observation": torch.randn(1, 6, 6, generator=generator), "action": torch.randn(1, 6, 3, generator=generator),
+             "advantage": torch.randn(1, 6, generator=generator), "mask": torch.ones(1, 6), "log_prob": torch.zeros(1, 6)}
+    path = gmps.adapt(theta, alpha, [batch] * 3, settings, 1, first_order=True)
+    for k, size in enumerate((0.1, 0.02, 0.02)):
+        phi = {name: value.detach().requires_grad_() for name, value in path[k].items()}
+        gmps.inner_loss(phi, batch, settings).sum().backward()
+        for name in ("w1", "b3", "z"):
+            assert torch.allclose(path[k + 1][name], phi[name] - size * phi[name].grad, atol=1e-6)

@@ -1,6 +1,7 @@
 """Tests of the command line: files, counts, bad input, resuming after kill -9, the README's line numbers."""
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -17,12 +18,13 @@ import torch
 
 import gmps
 import run
+import settings as settings_module
 from conftest import (
     HERE,
     PUSH,
     reference_forward,
 )
-from envs import BatchEnv, rollout, task_set
+from envs import FAMILIES, AntGoal, BatchEnv, rollout, task_set
 from settings import Settings
 
 BUDGET = dict(training_tasks=2, held_out_tasks=2, expert_iterations=8, expert_updates=2, expert_episodes=2,
@@ -298,6 +300,96 @@ def test_output_folder_of_another_run_is_refused(finished, capsys):
     assert "seed" in refused(capsys, *ARGUMENTS, "--seed", 1, "--out", finished)
     assert "training run" in refused(capsys, "--threads", 1, "--evaluate", finished, "--out", finished)
     assert before == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+
+
+# ---------------------------------------------------------------- other tasks, demonstrations, several runs
+@pytest.mark.parametrize("task", ["ant", "door"])
+def test_other_tasks_run_from_start_to_end(tmp_path, task):
+    """Step counts of a tiny run by hand; the door's experts are scripted and take no steps but those of demonstrations."""
+    out = tmp_path / task
+    assert start("--task", task, *ARGUMENTS, "--set=expert_iterations=1", "--out", out) == 0
+    result = result_of(out)
+    horizon = {"ant": 200, "door": 100}[task]
+    if task == "door":
+        assert result["env_steps"]["experts"] == horizon * 2 * 3
+        assert result["env_steps"]["meta_training"] == horizon * 2 * 3 * 2 * 3, "no aggregation: demonstrations alone"
+    assert result["env_steps"]["evaluation"] <= horizon * 2 * ((3 + 1) * 6 + 2), "early ends save steps"
+    assert len(result["experts_held_out"]) == 2 and len(result["held_out"][0]["task"]) == {"ant": 2, "door": 1}[task]
+
+
+def test_run_from_the_users_demonstrations_asks_no_expert(finished, tmp_path, capsys):
+    """--demos: no experts' steps, no aggregation; a folder goes on with its own demonstrations only."""
+    demos, out = finished / "demonstrations.npz", tmp_path / "out"
+    arguments = [argument for argument in ARGUMENTS if "training_tasks" not in argument]
+    assert start(*arguments, "--demos", demos, "--out", out) == 0
+    result = result_of(out)
+    assert result["env_steps"]["experts"] == 0 and result["wall_seconds"]["experts"] == 0
+    assert result["env_steps"]["meta_training"] == 50 * 2 * 3 * 2 * 3 and result["experts_held_out"] == []
+    assert not (out / "experts.pt").exists()
+    with np.load(demos) as data:
+        np.savez(tmp_path / "other.npz", **(dict(data) | {"actions": 0.5 * data["actions"]}))
+    (out / "policy.pt").unlink()
+    assert "other demonstrations" in refused(capsys, *arguments, "--demos", tmp_path / "other.npz", "--out", out)
+    assert start(*arguments, "--demos", demos, "--out", out) == 0
+    assert {**result_of(out), "wall_seconds": 0} == {**result, "wall_seconds": 0}
+
+
+@pytest.mark.parametrize("content, word", [
+    (b"", "npz"), (b"PK\x03\x04 and no more", "npz"), (None, "no demonstrations file"),
+    ({"tasks": np.zeros((2, 2)), "observations": np.zeros((2, 5, 6))}, "actions"),
+    ({"tasks": np.full((2, 2), 9.0), "observations": np.zeros((2, 5, 6)), "actions": np.zeros((2, 5, 3))}, "out of range"),
+    ({"tasks": np.zeros((2, 1)), "observations": np.zeros((2, 5, 6)), "actions": np.zeros((2, 5, 3))}, "does not fit")])
+def test_bad_demonstrations_file_is_refused_in_one_line(tmp_path, capsys, content, word):
+    path = tmp_path / "demos.npz"
+    if isinstance(content, dict):
+        np.savez(path, **content)
+    elif content is not None:
+        path.write_bytes(content)
+    assert word in refused(capsys, *ARGUMENTS, "--demos", path, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--task", "all", "--demos", "x.npz"], "one task"), (["--task", "door", "--reward", "dense"], "no dense reward"),
+    (["--task", "door", "--experts", "local"], "no local experts"),
+    (["--demos", "x.npz", "--experts", "local"], "--experts"),
+    (["--extrapolate"], "--evaluate"), (["--evaluate", "x", "--extrapolate"], "ant"),
+    (["--task", "push-vision", "--set", "aggregation_episodes=1"], "demonstrations alone"), (["--seeds", "0"], "--seeds")])
+def test_options_that_do_not_go_together_are_refused(capsys, arguments, word):
+    line = refused(capsys, *arguments)
+    assert word in line or "OpenGL" in line
+
+
+def test_all_tasks_and_seeds_run_one_after_the_other_and_finished_ones_are_left_alone(tmp_path, capsys, monkeypatch):
+    begun = []
+
+    def only_finish(one):
+        begun.append((one.settings.task, one.settings.seed))
+        (one.out / "result.json").write_text("{}")
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(run, "train_one", only_finish)
+    monkeypatch.setattr(run, "Camera", lambda family: io.BytesIO())
+    arguments = ["--task", "all", "--seeds", "2", "--quick", "--out", str(tmp_path)]
+    assert run.main(arguments) == 130
+    assert run.main(arguments) == 0
+    assert begun == [(task, seed) for task in FAMILIES for seed in (0, 1)]
+    assert (tmp_path / "door" / "seed1" / "settings.json").exists()
+
+
+def test_extrapolation_writes_its_figure_and_every_band(tmp_path):
+    out = tmp_path / "ant"
+    settings = Settings(**settings_module.TASKS["ant"] | {"task": "ant", "hidden": 8})
+    theta = gmps.init_policy(AntGoal(), settings, torch.Generator().manual_seed(0))
+    out.mkdir()
+    run.save_checkpoint(out / "policy.pt", "policy", settings, {
+        "theta": theta, "alpha": gmps.init_step_sizes(theta, settings), "scales": [1.0], "no_adaptation": theta,
+        "env_steps": {"experts": 1, "meta_training": 1}, "wall_seconds": {"experts": 1.0, "meta_training": 1.0}})
+    assert start("--task", "ant", "--evaluate", out, "--extrapolate", "--gradient-steps", 1, "--rollouts", 2,
+                 "--threads", 1) == 0
+    result = result_of(out / "evaluation")
+    assert (out / "evaluation" / "extrapolation.png").stat().st_size > 10_000
+    goals = np.concatenate([goals for _, goals in AntGoal().bands()])
+    assert np.allclose([entry["task"] for entry in result["held_out"] if entry["gradient_steps"] == 1], goals)
 
 
 # ---------------------------------------------------------------- README
