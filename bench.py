@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import gmps
-from envs import BatchEnv, SawyerPush, rollout, task_set
+from envs import AntGoal, BatchEnv, SawyerDoor, SawyerPush, rollout, task_set
 from local_policies import Replay, SoftActorCritic
 from settings import Settings
 
@@ -31,9 +31,14 @@ def seconds(*functions, passes=5):
 
 
 def bench_env(num_envs=400, steps=50):
-    """Batched environment against bare mujoco.rollout on the same model, controls and threads, and gymnasium's own."""
-    env = gymnasium.make_vec(SawyerPush.env_id, num_envs=num_envs).unwrapped
-    actions = np.random.default_rng(0).uniform(-1, 1, (steps, num_envs, 3))
+    """Batched environments against bare mujoco.rollout on the same model, controls and threads, and gymnasium's own."""
+    for family in (SawyerPush, AntGoal, SawyerDoor):
+        bench_family(family, num_envs, steps)
+
+
+def bench_family(family, num_envs, steps):
+    env = gymnasium.make_vec(family.env_id, num_envs=num_envs).unwrapped
+    actions = np.random.default_rng(0).uniform(-1, 1, (steps, num_envs, family.action_size))
     env.reset(seed=0)
     controls, control = [], env.control
     for action in actions:
@@ -55,11 +60,11 @@ def bench_env(num_envs=400, steps=50):
     with Rollout(nthread=len(data)) as pool:
         mine, raw = seconds(ours, bare, passes=9)
     count = num_envs * steps
-    print(f"environments, B = {num_envs}: {count / mine:,.0f} steps/s; bare mujoco.rollout {count / raw:,.0f} steps/s; "
+    print(f"{family.name}, B = {num_envs}: {count / mine:,.0f} steps/s; bare mujoco.rollout {count / raw:,.0f} steps/s; "
           f"ratio {raw / mine:.2f}")
 
     for mode, small in (("sync", 8), ("async", 8)):
-        other = gymnasium.make_vec(SawyerPush.env_id, num_envs=small, vectorization_mode=mode)
+        other = gymnasium.make_vec(family.env_id, num_envs=small, vectorization_mode=mode)
 
         def theirs(other=other, small=small):
             other.reset(seed=0)
