@@ -284,14 +284,20 @@ class Experts:
             return policy_mean(self.policy, x.to(self.policy[0].device)).cpu().numpy().reshape(*observations.shape[:2], -1)
 
 
-def run_experts(env, experts, tasks, generator=None, noise=0.0):
-    """Episodes of the experts, `env.num_envs / n` per task: with Gaussian `noise` added to all but each task's first."""
+def run_experts(env, experts, tasks, generator=None, noise=0.0, aims=None):
+    """Episodes of the experts, `env.num_envs / n` per task: with Gaussian `noise` added to all but each task's first.
+
+    `aims` (env.num_envs, task): what contextual experts are told in each episode, where it is not the episode's task.
+    """
     n = len(tasks)
 
     def act(observation):
         if env.family.image_shape:  # the policy sees a picture, a demonstrator the state
             observation = env.expert_observation
-        action = np.array(experts(observation.reshape(n, -1, observation.shape[-1]), tasks))
+        if aims is None:
+            action = np.array(experts(observation.reshape(n, -1, observation.shape[-1]), tasks))
+        else:
+            action = np.array(experts(observation[:, None], aims)).reshape(n, -1, env.family.action_size)
         if generator is not None:
             action[:, 1:] += generator.normal(0.0, noise, action[:, 1:].shape).astype(action.dtype)
         return action.reshape(env.num_envs, -1)
@@ -357,10 +363,18 @@ def make_demonstrations(env, experts, tasks, settings):
     family with images has those, (n, M, rows, columns, 3), before the env steps.
 
     Each task's first episode is the expert's own; in the others Gaussian noise moves it off its path, so that the
-    labels show how it comes back. `env`: BatchEnv with len(tasks) * settings.demonstration_episodes environments.
+    labels show how it comes back. In the last `demonstration_detours` episodes of each task the expert is sent to another
+    task's goal, while the labels are still those of its own: they show the way back from much further off. `env`:
+    BatchEnv with len(tasks) * settings.demonstration_episodes environments.
     """
     rng, _ = random_streams(settings.seed, "demonstrations", 0)
-    episodes = run_experts(env, experts, tasks, rng, settings.demonstration_noise)
+    aims = None
+    if settings.demonstration_detours:
+        aims = np.repeat(tasks[:, None], settings.demonstration_episodes, axis=1)
+        others = rng.integers(len(tasks), size=(len(tasks), settings.demonstration_detours))
+        aims[:, -settings.demonstration_detours:] = tasks[others]
+        aims = aims.reshape(env.num_envs, -1)
+    episodes = run_experts(env, experts, tasks, rng, settings.demonstration_noise, aims)
     by_task = lambda x: x[:, :-1].reshape(len(tasks), -1, *x.shape[2:])  # noqa: E731
     images = [by_task(episodes["images"])] if env.family.image_shape else []
     actions = experts(by_task(episodes["states" if images else "observations"]), tasks)

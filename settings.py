@@ -44,6 +44,7 @@ class Settings:
     # Demonstrations, step 2
     demonstration_episodes: int = within(5, 1, 1000)  # per training task
     demonstration_noise: float = within(0.3, 0.0, 5.0)  # added to all but each task's first episode; labels stay clean
+    demonstration_detours: int = within(0, 0, 1000)   # of those episodes: sent to another task's goal; labels are its own
 
     imitation_steps: int = within(600, 1, 1_000_000)  # of the policy without adaptation, where meta-training starts [ours]
 

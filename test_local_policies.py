@@ -493,9 +493,10 @@ def test_demonstrations_are_visited_states_with_clean_labels():
 def test_demonstrations_file_round_trip(tmp_path):
     rng = np.random.default_rng(0)
     tasks, observations, actions = rng.normal(size=(2, 2)), rng.normal(size=(2, 7, 6)), rng.normal(size=(2, 7, 3))
-    local_policies.save_demonstrations(tmp_path / "d.npz", tasks, observations, actions, 150)
+    local_policies.save_demonstrations(tmp_path / "d.npz", tasks, (observations, actions), 150)
     loaded = local_policies.load_demonstrations(tmp_path / "d.npz", PUSH)
-    assert all(np.array_equal(a, b) for a, b in zip(loaded, (tasks, observations, actions, 150), strict=True))
+    assert np.array_equal(loaded[0], tasks) and loaded[2] == 150
+    assert all(np.array_equal(a, b) for a, b in zip(loaded[1], (observations, actions), strict=True))
 
 
 @pytest.mark.parametrize("change", [
@@ -507,3 +508,16 @@ def test_demonstrations_of_wrong_shape_are_refused(tmp_path, change):
     np.savez(tmp_path / "d.npz", **{key: value for key, value in arrays.items() if value is not None})
     with pytest.raises(ValueError, match="demonstrations"):
         local_policies.load_demonstrations(tmp_path / "d.npz", PUSH)
+
+
+def test_detours_are_other_tasks_paths_with_the_tasks_own_labels():
+    """A scripted expert that is sent elsewhere in each task's last episode: its states, labelled for the task itself."""
+    settings = Settings(demonstration_episodes=3, demonstration_noise=0.0, demonstration_detours=1)
+    tasks = np.array([[-0.1, 0.7], [0.1, 0.8], [0.0, 0.75]])
+    observations, actions, _ = local_policies.make_demonstrations(BatchEnv(9), scripted_expert, tasks, settings)
+    assert np.array_equal(actions, scripted_expert(observations, tasks)), "labels are those of the task"
+    by_episode = observations.reshape(3, 3, 50, 6)
+    assert np.array_equal(by_episode[:, 0], by_episode[:, 1])
+    own = by_episode[:, 0]
+    matches = [[np.array_equal(by_episode[i, 2], own[j]) for j in range(3)] for i in range(3)]
+    assert np.sum(matches, axis=1).tolist() == [1, 1, 1] and not np.array_equal(matches, np.eye(3))
