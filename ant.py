@@ -49,7 +49,7 @@ def ant_xml():
   <light directional="true" pos="0 0 4" dir="-0.2 -0.2 -1" diffuse="0.8 0.8 0.8"/>
   <camera name="video" pos="2.6 -2.4 3.4" mode="targetbody" target="look_at" fovy="45"/>
   <body name="look_at" pos="0.7 0.7 0.2"/>
-  <geom name="floor" type="plane" size="40 40 40" conaffinity="1" material="tiles"/>
+  <geom name="floor" type="plane" size="40 40 40" conaffinity="1" material="tiles" rgba="1 1 1 1"/>
   <body name="torso" pos="0 0 0.75">
     <freejoint/><geom type="sphere" size="0.25"/>{legs}
   </body>

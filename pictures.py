@@ -16,13 +16,18 @@ def draw_plot(run, lists):
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
     rows = {phase: [row for row in run.rows if row["phase"] == phase] for phase in ("experts", "meta_training")}
-    axes[0].plot([r["env_steps"] for r in rows["experts"]], [r["return"] for r in rows["experts"]], color="tab:gray")
-    axes[0].set(title=f"{run.settings.experts} experts, sampled actions, training tasks", xlabel="environment steps",
-                ylabel="return per episode")
+    if rows["experts"]:
+        axes[0].plot([r["env_steps"] for r in rows["experts"]], [r["return"] for r in rows["experts"]], color="tab:gray")
+        axes[0].set(title=f"{run.settings.experts} experts, sampled actions, training tasks", xlabel="environment steps",
+                    ylabel="return per episode")
+    else:
+        axes[0].axis("off")
+        axes[0].text(0.5, 0.5, f"experts: {run.settings.experts}, no learning", ha="center")
     for key, label, color in (("return", "before adaptation (step 3a)", "tab:orange"),
                               ("adapted_return", "adapted (step 3c)", "tab:blue")):
-        axes[1].plot([r["env_steps"] for r in rows["meta_training"]], [r.get(key, np.nan) for r in rows["meta_training"]],
-                     color=color, label=label)
+        if key in rows["meta_training"][0]:
+            axes[1].plot([r["env_steps"] for r in rows["meta_training"]], [r[key] for r in rows["meta_training"]],
+                         color=color, label=label)
     axes[1].set(title="meta-training, sampled actions, training tasks", xlabel="environment steps",
                 ylabel="return per episode")
     axes[1].legend()
