@@ -368,11 +368,10 @@ def make_demonstrations(env, experts, tasks, settings):
     BatchEnv with len(tasks) * settings.demonstration_episodes environments.
     """
     rng, _ = random_streams(settings.seed, "demonstrations", 0)
-    aims = None
-    if settings.demonstration_detours:
+    aims, detours = None, min(settings.demonstration_detours, settings.demonstration_episodes - 1)
+    if detours:
         aims = np.repeat(tasks[:, None], settings.demonstration_episodes, axis=1)
-        others = rng.integers(len(tasks), size=(len(tasks), settings.demonstration_detours))
-        aims[:, -settings.demonstration_detours:] = tasks[others]
+        aims[:, -detours:] = tasks[rng.integers(len(tasks), size=(len(tasks), detours))]
         aims = aims.reshape(env.num_envs, -1)
     episodes = run_experts(env, experts, tasks, rng, settings.demonstration_noise, aims)
     by_task = lambda x: x[:, :-1].reshape(len(tasks), -1, *x.shape[2:])  # noqa: E731

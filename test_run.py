@@ -312,7 +312,7 @@ def test_other_tasks_run_from_start_to_end(tmp_path, task):
     horizon = {"ant": 200, "door": 100}[task]
     if task == "door":
         assert result["env_steps"]["experts"] == horizon * 2 * 3
-        assert result["env_steps"]["meta_training"] == horizon * 2 * 3 * 2 * 3, "no aggregation: demonstrations alone"
+        assert result["env_steps"]["meta_training"] == horizon * 2 * 3 * (2 * 3 + 1)
     assert result["env_steps"]["evaluation"] <= horizon * 2 * ((3 + 1) * 6 + 2), "early ends save steps"
     assert len(result["experts_held_out"]) == 2 and len(result["held_out"][0]["task"]) == {"ant": 2, "door": 1}[task]
 
