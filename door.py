@@ -137,8 +137,9 @@ class SawyerDoor:
         return generator.uniform(self.task_low, self.task_high, (count, self.task_size))
 
     def training_tasks(self, count):
-        """(count, 1) angles spread evenly over the distribution's range, both ends included."""
-        return np.linspace(self.task_low, self.task_high, count)
+        """(count, 1) angles over the distribution's range, both ends included; denser at small ones, where reward is scarce
+        and adaptation hardest to learn."""
+        return self.task_low + (self.task_high - self.task_low) * np.linspace(0.0, 1.0, count)[:, None] ** 1.5
 
     def goal_position(self, task):
         """Where a picture shows the goal: the grasp point at the target angle."""

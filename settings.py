@@ -112,7 +112,7 @@ VISION = dict(training_tasks=24, imitation_batch=50, collections=10, meta_steps=
 # hence each task's own scale. Meta-training knows the demonstrations alone, half of which begin elsewhere.
 DOOR = dict(
     reward="sparse", experts="scripted", training_tasks=24, demonstration_episodes=12, demonstration_detours=6,
-    exploring_tasks=9, pre_update_imitation=1.0, advantage_scale="task", init_std=0.45, aggregation_episodes=0,
+    exploring_tasks=14, pre_update_imitation=1.0, advantage_scale="task", init_std=0.45, aggregation_episodes=0,
     collections=20, meta_batch=12)
 TASKS = {"push": {}, "ant": ANT, "door": DOOR, "push-vision": VISION}
 
