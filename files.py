@@ -129,7 +129,7 @@ def open_folder(out, settings):
 def commit():
     """Commit of the code, "-dirty" where a module that this program uses differs from it, "unknown" outside a checkout."""
     folder = Path(__file__).parent
-    modules = [folder / f"{name}.py" for name in ("ant", "envs", "gmps", "local_policies", "run", "sawyer", "settings")]
+    modules = [folder / f"{name}.py" for name in MODULES]
 
     def git(*arguments):
         return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=True).stdout.strip()

@@ -258,8 +258,10 @@ def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None)
     if settings.advantage_scale == "task":
         advantage_scale, own = 1.0, advantage.square().sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
         advantage = advantage / own.sqrt().clamp(min=1e-6)
-    if advantage_scale is None:  # a sparse reward that nobody found gives no advantage, and no step: not 0 / 0
-        advantage_scale = (advantage.square().sum() / mask.sum()).sqrt().clamp(min=1e-8)
+    if advantage_scale is None:
+        advantage_scale = float((advantage.square().sum() / mask.sum()).sqrt())
+        if advantage_scale < 1e-8:  # a sparse reward that nobody found gives no advantage, and no step: not 0 / 0
+            advantage_scale = 1.0
     batch = {"observation": observation.flatten(1, 2), "action": tensor(episodes["actions"]).flatten(1, 2),
              "advantage": (advantage / advantage_scale).flatten(1, 2), "mask": mask.flatten(1, 2)}
     if family.image_shape:
@@ -375,6 +377,8 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
             demonstrations.add(visited, experts(visited, tasks))
 
         yield learner.finish(collected), learner.metrics(collected, info)
+    if aggregate:
+        aggregation_env.close()
 
 
 class MetaLearner:

@@ -197,7 +197,7 @@ class Replay:
         fields = (observations[:, :-1], episodes["actions"], observations[:, 1:], episodes["outcomes"],
                   terminated[..., None], np.broadcast_to(ends, mask.shape)[..., None])
         kept = mask.reshape(streams, -1) > 0
-        count = int(kept.sum(1).min())  # streams stay equally long; early ends drop a few of the others' transitions
+        count = int(kept.sum(1).min())  # streams stay equally long: an early end cuts all of them
         if self.size + count > self.capacity:
             raise ValueError(f"replay of {self.capacity} transitions per task is full")
         for name, values in zip(self.FIELDS, fields):
@@ -363,9 +363,9 @@ def make_demonstrations(env, experts, tasks, settings):
     family with images has those, (n, M, rows, columns, 3), before the env steps.
 
     Each task's first episode is the expert's own; in the others Gaussian noise moves it off its path, so that the
-    labels show how it comes back. In the last `demonstration_detours` episodes of each task the expert is sent to another
-    task's goal, while the labels are still those of its own: they show the way back from much further off. `env`:
-    BatchEnv with len(tasks) * settings.demonstration_episodes environments.
+    labels show how it comes back. In the last `demonstration_detours` episodes of each task the expert is sent to the goal
+    of a task drawn at random, while the labels are still those of its own: they show the way back from much further
+    off. `env`: BatchEnv with len(tasks) * settings.demonstration_episodes environments.
     """
     rng, _ = random_streams(settings.seed, "demonstrations", 0)
     aims, detours = None, min(settings.demonstration_detours, settings.demonstration_episodes - 1)
@@ -415,4 +415,5 @@ def load_demonstrations(file, family):
         if image.shape != (*actions.shape[:2], *family.image_shape) or image.dtype != np.uint8:
             raise ValueError(f"demonstrations: images have shape {image.shape} and type {image.dtype}, not (n, M, "
                              f"{', '.join(map(str, family.image_shape))}) and uint8")
-    return tasks, (observations, actions, *images), env_steps
+    order = np.lexsort(tasks.T[::-1])  # settings.exploring_tasks counts from the last
+    return tasks[order], tuple(array[order] for array in (observations, actions, *images)), env_steps

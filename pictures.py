@@ -56,11 +56,12 @@ def draw_video(run, path, task):
     try:
         for phi in (path[0], path[3]):
             observation, _ = env.reset(options={"task": task})
-            frames = [env.render()]
+            frames, ended = [env.render()], False
             for step in range(1, run.family.horizon + 1):
                 with torch.no_grad():
                     action = gmps.policy_mean(phi, gmps.policy_input(run.family, phi, observation))[0].cpu().numpy()
-                observation, *_ = env.step(action)
+                if not ended:  # autoreset would begin another episode: hold the last picture
+                    observation, _, ended, *_ = env.step(action)
                 if step % run.family.frames_every == 0:
                     frames.append(env.render())
             sides.append(np.array(frames)[:, ::2, ::2])

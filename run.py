@@ -158,6 +158,7 @@ def demonstrations_phase(run, experts):
     """Step 2. Leaves demonstrations.npz, from which a run that goes on reads them; returns them and their env steps."""
     path, settings = run.out / "demonstrations.npz", run.settings
     if not path.exists():
+        run.begin("experts")
         if run.demos is None:
             env = run.batch_env(settings.training_tasks * settings.demonstration_episodes)
             *arrays, env_steps = make_demonstrations(env, experts, run.training_tasks, settings)
@@ -165,6 +166,8 @@ def demonstrations_phase(run, experts):
         else:
             arrays, env_steps = run.demos[1], 0
         write_atomically(path, lambda file: save_demonstrations(file, run.training_tasks, arrays, env_steps))
+        if run.demos is None:
+            run.tick()
     tasks, arrays, env_steps = read_demonstrations(path, run.family)
     if run.demos is not None and not all(map(np.array_equal, (run.demos[0], *run.demos[1]), (tasks, *arrays))):
         raise UserError(f"{path} holds other demonstrations: choose another folder with --out")
@@ -263,6 +266,17 @@ def closing_table(lists, unit, title="held-out tasks"):
                       row("experts (told the goal)", lists["experts_held_out"])])
 
 
+def print_bands(family, lists):
+    """Final distance of the mean action after each gradient step, a row for each band of goals."""
+    last, first = lists["held_out"][-1]["gradient_steps"], 0
+    shown = [k for k in (0, 1, 2, 3, 5, 10, 15, 20) if k <= last]
+    print(f"{'final distance after steps':<28}" + "".join(f"{k:>8}" for k in shown))
+    for label, goals in family.bands():
+        rows = [[r["final_distance"] for r in lists["held_out"] if r["gradient_steps"] == k] for k in shown]
+        print(f"{label:<28}" + "".join(f"{np.mean(row[first:first + len(goals)]):>8.3f}" for row in rows))
+        first += len(goals)
+
+
 def evaluation_phase(run, policy, experts):
     """Evaluate on the held-out tasks; writes result.json, plot and video."""
     run.begin("evaluation")
@@ -326,12 +340,14 @@ def parse(arguments):
     only_training = ("quick", "set", "seeds", "reward", "experts", "demos")
     if options.evaluate is None:
         for name in only_evaluation:
-            if getattr(options, name):
+            if getattr(options, name) not in (None, False):
                 raise UserError(f"--{name.replace('_', '-')} goes with --evaluate DIR; training has --set NAME=VALUE")
     else:
         for name in only_training:
             if getattr(options, name):
                 raise UserError(f"--{name} is for training: leave it out beside --evaluate")
+    if options.seeds and options.seed:
+        raise UserError("--seeds N runs seeds 0 to N - 1: leave --seed out")
     if options.task == "all" and (options.evaluate or options.demos or options.reward or options.experts):
         raise UserError("--task all takes no --evaluate, --demos, --reward or --experts: name one task")
     if options.demos and options.experts:
@@ -354,7 +370,8 @@ def choose_settings(options, task, seed, demos=None):
                                                 if getattr(options, name) is not None}
         if demos is not None:
             given |= {"experts": "demonstrations", "training_tasks": len(demos[0])}
-        preset = settings_module.TASKS[task] | (settings_module.LOCAL if options.experts == "local" else {})
+        local = options.experts == "local" and task != "ant"  # its numbers are push's
+        preset = settings_module.TASKS[task] | (settings_module.LOCAL if local else {})
         preset = preset | (settings_module.QUICK if options.quick else {})
         changed = settings_module.from_strings(options.set)
         for name in ("task", "seed", "experts", "reward"):
@@ -364,16 +381,23 @@ def choose_settings(options, task, seed, demos=None):
         family = make_family(task, chosen.reward)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if family.image_shape and chosen.aggregation_episodes:
+        raise UserError(f"{task} learns from demonstrations alone: leave aggregation_episodes at 0")
+    if chosen.experts == "local" and chosen.demonstration_detours:
+        raise UserError("local experts know their own task only: leave demonstration_detours at 0")
+    check_camera(family)
+    if (chosen.experts == "scripted") != hasattr(family, "expert") and chosen.experts != "demonstrations":
+        raise UserError(f"{task} has no {chosen.experts} experts")
+    return chosen
+
+
+def check_camera(family):
+    """UserError, before any work, where a family's pictures cannot be taken."""
     if family.image_shape:
-        if chosen.aggregation_episodes:
-            raise UserError(f"{task} learns from demonstrations alone: leave aggregation_episodes at 0")
         try:
             Camera(family).close()
         except RuntimeError as error:
             raise UserError(str(error)) from None
-    if (chosen.experts == "scripted") != hasattr(family, "expert") and chosen.experts != "demonstrations":
-        raise UserError(f"{task} has no {chosen.experts} experts")
-    return chosen
 
 
 def train(options):
@@ -381,10 +405,11 @@ def train(options):
     tasks = list(FAMILIES) if options.task == "all" else [options.task]
     seeds = [options.seed] if options.seeds is None else list(range(options.seeds))
     several = len(tasks) * len(seeds) > 1
+    demos = read_demonstrations(options.demos, make_family(options.task)) if options.demos else None
+    chosen = {task: choose_settings(options, task, options.seed, demos) for task in tasks}  # bad ones end it before any run
     for task in tasks:
         for seed in seeds:
-            demos = read_demonstrations(options.demos, make_family(task)) if options.demos else None
-            settings = choose_settings(options, task, seed, demos)
+            settings = dataclasses.replace(chosen[task], seed=seed)
             kind = {"local": "_local", "demonstrations": "_demos"}.get(settings.experts, "")
             kind += ("_sparse" if options.reward == "sparse" else "") + ("_quick" if options.quick else "")
             out = options.out or Path("runs") / task / "gmps" / f"seed{seed}{kind}"
@@ -416,6 +441,7 @@ def evaluate(options):
     if settings.task != options.task:
         raise UserError(f"{options.evaluate} holds a policy for {settings.task}: give --task {settings.task}")
     family = make_family(settings.task, settings.reward)
+    check_camera(family)
     rollouts = options.rollouts or settings.test_episodes
     gradient_steps = (20 if options.extrapolate else 5) if options.gradient_steps is None else options.gradient_steps
     if options.extrapolate:
@@ -440,9 +466,11 @@ def evaluate(options):
         "task": settings.task, "method": "gmps", "seed": options.seed, "commit": commit(), "trained_seed": settings.seed,
         "env_steps": policy["env_steps"] | {"evaluation": env_steps}, "wall_seconds": seconds, "rollouts": rollouts,
         "machine": machine(options.threads)} | lists)
-    print(closing_table(lists, family.task_unit, "your goals" if options.goals else "held-out tasks"))
     if options.extrapolate:
+        print_bands(family, lists)
         draw_extrapolation(out, family, lists)
+    else:
+        print(closing_table(lists, family.task_unit, "your goals" if options.goals else "held-out tasks"))
     print(f"results in {out}")
 
 

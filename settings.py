@@ -44,7 +44,7 @@ class Settings:
     # Demonstrations, step 2
     demonstration_episodes: int = within(5, 1, 1000)  # per training task
     demonstration_noise: float = within(0.3, 0.0, 5.0)  # added to all but each task's first episode; labels stay clean
-    demonstration_detours: int = within(0, 0, 1000)   # of those episodes: sent to another task's goal; labels are its own
+    demonstration_detours: int = within(0, 0, 1000)   # of those episodes: sent to a random task's goal; labels are its own
 
     imitation_steps: int = within(600, 1, 1_000_000)  # of the policy without adaptation, where meta-training starts [ours]
 
@@ -104,12 +104,12 @@ ANT = dict(
     expert_discount=0.99, expert_return_steps=10, expert_reward_scale=1.0, expert_noise_correlation=0.9,
     demonstration_episodes=4, imitation_steps=1000,
     discount=0.99, gae_lambda=0.95, noise_correlation=0.9, max_weight=2.0, init_std=0.4, min_std=0.3, episodes=24,
-    test_episodes=50, later_steps=0.9, meta_batch=10, meta_steps=35, init_step_size=0.02, step_size_learning_rate=6e-3)
+    test_episodes=50, later_steps=0.5, later_floor=0.3, collections=16, meta_batch=10, meta_steps=35, init_step_size=0.02, step_size_learning_rate=6e-3)
 # Push from images: rendering takes most of the time, so there are fewer goals and one inner step, and more meta-steps
 # on each collection. Meta-training knows the demonstrations alone: nobody labels further states.
 VISION = dict(training_tasks=24, imitation_batch=50, collections=10, meta_steps=50, inner_steps=1, aggregation_episodes=0)
 # The pre-update policy imitates wide angles, so that its rollouts pass most others; rewards grow with the target angle,
-# hence each task's own scale. Meta-training knows the demonstrations alone, half of which begin elsewhere.
+# hence each task's own scale. Meta-training knows the demonstrations alone, half of which head elsewhere.
 DOOR = dict(
     reward="sparse", experts="scripted", training_tasks=24, demonstration_episodes=12, demonstration_detours=6,
     exploring_tasks=14, pre_update_imitation=1.0, advantage_scale="task", init_std=0.45, aggregation_episodes=0,
