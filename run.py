@@ -381,13 +381,13 @@ def choose_settings(options, task, seed, demos=None):
         family = make_family(task, chosen.reward)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if (chosen.experts == "scripted") != hasattr(family, "expert") and chosen.experts != "demonstrations":
+        raise UserError(f"{task} has no {chosen.experts} experts")
     if family.image_shape and chosen.aggregation_episodes:
         raise UserError(f"{task} learns from demonstrations alone: leave aggregation_episodes at 0")
     if chosen.experts == "local" and chosen.demonstration_detours:
         raise UserError("local experts know their own task only: leave demonstration_detours at 0")
     check_camera(family)
-    if (chosen.experts == "scripted") != hasattr(family, "expert") and chosen.experts != "demonstrations":
-        raise UserError(f"{task} has no {chosen.experts} experts")
     return chosen
 
 
