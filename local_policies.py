@@ -415,5 +415,4 @@ def load_demonstrations(file, family):
         if image.shape != (*actions.shape[:2], *family.image_shape) or image.dtype != np.uint8:
             raise ValueError(f"demonstrations: images have shape {image.shape} and type {image.dtype}, not (n, M, "
                              f"{', '.join(map(str, family.image_shape))}) and uint8")
-    order = np.lexsort(tasks.T[::-1])  # settings.exploring_tasks counts from the last
-    return tasks[order], tuple(array[order] for array in (observations, actions, *images)), env_steps
+    return tasks, (observations, actions, *images), env_steps

@@ -405,7 +405,11 @@ def train(options):
     tasks = list(FAMILIES) if options.task == "all" else [options.task]
     seeds = [options.seed] if options.seeds is None else list(range(options.seeds))
     several = len(tasks) * len(seeds) > 1
-    demos = read_demonstrations(options.demos, make_family(options.task)) if options.demos else None
+    demos = None
+    if options.demos:
+        tasks_there, arrays, _ = read_demonstrations(options.demos, make_family(options.task))
+        order = np.lexsort(tasks_there.T[::-1])  # settings.exploring_tasks counts from the last
+        demos = tasks_there[order], tuple(array[order] for array in arrays)
     chosen = {task: choose_settings(options, task, options.seed, demos) for task in tasks}  # bad ones end it before any run
     for task in tasks:
         for seed in seeds:

@@ -25,6 +25,7 @@ from conftest import (
     reference_forward,
 )
 from envs import FAMILIES, AntGoal, BatchEnv, rollout, task_set
+from files import read_demonstrations
 from settings import Settings
 
 BUDGET = dict(training_tasks=2, held_out_tasks=2, expert_iterations=8, expert_updates=2, expert_episodes=2,
@@ -97,6 +98,15 @@ def test_results_of_a_run_are_those_of_its_policy_file(finished):
     entries = [entry for entry in result_of(finished)["held_out"] if entry["gradient_steps"] == 0]
     assert np.allclose([entry["return"] for entry in entries], episodes["rewards"].sum(1), rtol=1e-3, atol=1e-3)
     assert np.allclose([entry["final_distance"] for entry in entries], episodes["distances"][:, -1], atol=1e-4)
+
+
+def test_demonstrations_of_a_run_belong_to_its_training_tasks(finished):
+    """Row i of the file holds task i of the training set, in its order, and that task's expert's labels."""
+    tasks, (observations, actions), _ = read_demonstrations(finished / "demonstrations.npz", PUSH)
+    assert np.array_equal(tasks, task_set(PUSH, "train", 2))
+    experts = run.expert_policies(run.load_checkpoint(finished / "experts.pt", "experts"))
+    assert np.allclose(experts(observations, tasks), actions, atol=1e-6)
+    assert not np.allclose(experts(observations, tasks[::-1]), actions, atol=1e-6)
 
 
 def test_metrics_file_has_a_row_per_iteration(finished):
