@@ -4,10 +4,9 @@ Sources: "Guided Meta-Policy Search" (Mendonca et al., NeurIPS 2019, arXiv 1904.
 authors' release where it gives them; lengths in metres, angles in radians. Masses, the handle's two boxes and the hinge's
 range are [ours].
 """
-import mujoco
 import numpy as np
 
-from sawyer import ACTION_SCALE, ARM_START, MOCAP_HIGH, MOCAP_LOW, _text, sawyer_xml
+from sawyer import SawyerTask, _text, sawyer_xml, settled_arm
 
 # ---------------------------------------------------------------- geometry
 DOOR_CENTRE, DOOR_TURN = np.array([0.0, 1.0, 0.3]), -1.57  # of the closed door: its frame, turned about z [release]
@@ -41,7 +40,7 @@ def door_angle(grasp):
 
 
 # ---------------------------------------------------------------- task family
-class SawyerDoor:
+class SawyerDoor(SawyerTask):
     """Open a door to a hidden angle and hold it there (the paper's door task, constants of the release).
 
     Observation (6,): hand x, y, z, grasp point x, y, z. The target is never in it.
@@ -55,29 +54,20 @@ class SawyerDoor:
     observation_size, action_size, task_size, outcome_size = 6, 3, 1, 2
     # Networks see (observation - centre) / scale.
     observation_centre, observation_scale = np.array([0.0, 0.7, 0.3, 0.02, 0.82, 0.3]), np.repeat([0.1, 0.05], 3)
-    image_shape = None
-    observation_limit = 2.0  # metres: of gymnasium's observation space
     horizon, frame_skip = 100, 5
     task_low, task_high = np.array([0.0]), np.array([np.pi / 3])
     task_limits = np.array([0.0]), np.array([np.pi / 3])
     task_unit = "rad"
     success_distance = np.deg2rad(5.0)
-    control_spec = int(mujoco.mjtState.mjSTATE_MOCAP_POS)
     hand_start = np.array([0.0, 0.4, 0.1])
     hinge_damping = 100.0  # N m s/rad [release]: the door stops where it is let go
     door_mass = 2.0        # kg: a wooden board of that size
     reach = 0.1            # metres: the fingertips count as at the handle
     rewards, reward_weights = ("sparse",), {"open": 10.0}
-    baseline_products = [0, 1, 2, 3, 4, 5]  # observations whose products the baseline of the advantages sees
     goal_size, frames_every = (0.012, 0.012, 0.012), 2
 
     def __init__(self, reward="sparse"):
         self.reward = reward
-
-    @property
-    def expert_family(self):
-        """The family whose observation experts see: this one."""
-        return self
 
     def xml(self):
         # Contacts and limit are hard: the hand's target may run far ahead of the hand, and no claw may slip through a bar.
@@ -98,30 +88,16 @@ class SawyerDoor:
 
     def start(self, model):
         """The one start state: the arm settled under gravity on its mocap target, the door closed."""
-        data = mujoco.MjData(model)
-        data.qpos[:len(ARM_START)] = ARM_START
-        mujoco.mj_step(model, data, 1000)
+        data = settled_arm(model)
         data.qpos[model.joint("hinge").qposadr[0]] = 0
         data.qvel[:] = 0
         return data
-
-    def observe(self, state, sensors):
-        """Full states (not needed here) and sensor readings (B, 13) -> observation (B, 6)."""
-        return sensors[:, :6].copy()
-
-    def ended(self, state):
-        """(B,) bool: who ends before the horizon. Nobody does."""
-        return np.zeros(len(state), bool)
 
     def outcome(self, state, sensors):
         """Sensor readings (B, 13) -> (B, 2), all that a reward for any target needs: door angle, distance of the fingertip
         midpoint to the grasp point."""
         away = 0.5 * (sensors[:, 6:9] + sensors[:, 9:12]) - sensors[:, 3:6]
         return np.stack([sensors[:, 12], np.sqrt(np.einsum("bi,bi->b", away, away))], axis=1)
-
-    def next_control(self, control, action):
-        """Mocap position (B, 3) after an action (B, 3) already clipped to [-1, 1]."""
-        return np.clip(control + ACTION_SCALE * action, MOCAP_LOW, MOCAP_HIGH)
 
     def distance(self, outcome, task):
         """Door angle to target, radians. `outcome` (..., 2), `task` (..., 1) -> (...)."""

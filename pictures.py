@@ -75,6 +75,16 @@ def draw_video(run, path, task):
                      lambda file: imageio.imwrite(file, film, extension=".gif", duration=50, loop=0))
 
 
+def band_means(family, lists, key):
+    """[(label, means over the band's goals of `key` after 0, 1, .. gradient steps)] of an extrapolation's mean actions."""
+    out, first, steps = [], 0, range(lists["held_out"][-1]["gradient_steps"] + 1)
+    for label, goals in family.bands():
+        rows = [[r[key] for r in lists["held_out"] if r["gradient_steps"] == k] for k in steps]
+        out.append((label, [np.mean(row[first:first + len(goals)]) for row in rows]))
+        first += len(goals)
+    return out
+
+
 def draw_extrapolation(out, family, lists):
     """extrapolation.png: return and distance against gradient steps, one line per band of goals outside the arc."""
     import matplotlib
@@ -82,14 +92,9 @@ def draw_extrapolation(out, family, lists):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), constrained_layout=True)
-    steps = sorted({record["gradient_steps"] for record in lists["held_out"]})
-    first = 0
-    for label, goals in family.bands():
-        for axis, key in zip(axes, ("return", "final_distance")):
-            values = [np.mean([r[key] for r in lists["held_out"] if r["gradient_steps"] == k][first:first + len(goals)])
-                      for k in steps]
-            axis.plot(steps, values, "o-", markersize=3, label=label)
-        first += len(goals)
+    for axis, key in zip(axes, ("return", "final_distance")):
+        for label, means in band_means(family, lists, key):
+            axis.plot(means, "o-", markersize=3, label=label)
     axes[0].set(title="goals outside the training arc, mean action", xlabel="gradient steps", ylabel="return per episode")
     axes[1].set(title="the same", xlabel="gradient steps", ylabel=f"final distance to goal ({family.task_unit})",
                 ylim=(0, None))

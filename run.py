@@ -39,7 +39,7 @@ from files import (
     write_json,
 )
 from local_policies import Experts, make_demonstrations, run_experts, save_demonstrations, train_experts
-from pictures import draw_extrapolation, draw_plot, draw_video
+from pictures import band_means, draw_extrapolation, draw_plot, draw_video
 from vision import Camera
 
 TABLE_STEPS = (0, 1, 2, 3, 5)  # gradient steps shown in the closing table
@@ -158,16 +158,15 @@ def demonstrations_phase(run, experts):
     """Step 2. Leaves demonstrations.npz, from which a run that goes on reads them; returns them and their env steps."""
     path, settings = run.out / "demonstrations.npz", run.settings
     if not path.exists():
-        run.begin("experts")
         if run.demos is None:
+            run.begin("experts")
             env = run.batch_env(settings.training_tasks * settings.demonstration_episodes)
             *arrays, env_steps = make_demonstrations(env, experts, run.training_tasks, settings)
             env.close()
+            run.tick()
         else:
             arrays, env_steps = run.demos[1], 0
         write_atomically(path, lambda file: save_demonstrations(file, run.training_tasks, arrays, env_steps))
-        if run.demos is None:
-            run.tick()
     tasks, arrays, env_steps = read_demonstrations(path, run.family)
     if run.demos is not None and not all(map(np.array_equal, (run.demos[0], *run.demos[1]), (tasks, *arrays))):
         raise UserError(f"{path} holds other demonstrations: choose another folder with --out")
@@ -268,13 +267,10 @@ def closing_table(lists, unit, title="held-out tasks"):
 
 def print_bands(family, lists):
     """Final distance of the mean action after each gradient step, a row for each band of goals."""
-    last, first = lists["held_out"][-1]["gradient_steps"], 0
-    shown = [k for k in (0, 1, 2, 3, 5, 10, 15, 20) if k <= last]
+    shown = [k for k in (0, 1, 2, 3, 5, 10, 15, 20) if k <= lists["held_out"][-1]["gradient_steps"]]
     print(f"{'final distance after steps':<28}" + "".join(f"{k:>8}" for k in shown))
-    for label, goals in family.bands():
-        rows = [[r["final_distance"] for r in lists["held_out"] if r["gradient_steps"] == k] for k in shown]
-        print(f"{label:<28}" + "".join(f"{np.mean(row[first:first + len(goals)]):>8.3f}" for row in rows))
-        first += len(goals)
+    for label, means in band_means(family, lists, "final_distance"):
+        print(f"{label:<28}" + "".join(f"{means[k]:>8.3f}" for k in shown))
 
 
 def evaluation_phase(run, policy, experts):

@@ -83,8 +83,41 @@ def sawyer_xml(objects, hand_start, sensors):
 </mujoco>"""
 
 
+def settled_arm(model):
+    """The state in which the arm hangs still on its mocap target."""
+    data = mujoco.MjData(model)
+    data.qpos[:len(ARM_START)] = ARM_START
+    mujoco.mj_step(model, data, 1000)
+    return data
+
+
+class SawyerTask:
+    """What the arm's tasks share: the hand's control, and six observed numbers that are their first sensor readings."""
+    image_shape = None  # (rows, columns, 3) where the policy also sees a picture
+    control_spec = int(mujoco.mjtState.mjSTATE_MOCAP_POS)
+    observation_limit = 2.0  # metres: of gymnasium's observation space
+    baseline_products = [0, 1, 2, 3, 4, 5]  # observations whose products the baseline of the advantages sees
+
+    @property
+    def expert_family(self):
+        """The family whose observation experts see: this one."""
+        return self
+
+    def observe(self, state, sensors):
+        """Full states (not needed here) and sensor readings (B, 12 or more) -> observation (B, 6)."""
+        return sensors[:, :6].copy()
+
+    def ended(self, state):
+        """(B,) bool: who ends before the horizon. Nobody does."""
+        return np.zeros(len(state), bool)
+
+    def next_control(self, control, action):
+        """Mocap position (B, 3) after an action (B, 3) already clipped to [-1, 1]."""
+        return np.clip(control + ACTION_SCALE * action, MOCAP_LOW, MOCAP_HIGH)
+
+
 # ---------------------------------------------------------------- Sawyer push
-class SawyerPush:
+class SawyerPush(SawyerTask):
     """Push a block to a hidden goal on the table (the paper's push task, constants of the release).
 
     Observation (6,): hand x, y, z, block x, y, z. The goal is never in it.
@@ -98,13 +131,11 @@ class SawyerPush:
     # Networks see (observation - centre) / scale: a decimetre is about the range in which positions vary.
     observation_centre, observation_scale = np.array([0.0, 0.6, 0.1, 0.0, 0.65, 0.02]), np.full(6, 0.1)
     observation_size, action_size, task_size, outcome_size = 6, 3, 2, 6
-    image_shape = None  # (rows, columns, 3) where the policy also sees a picture
     horizon, frame_skip = 50, 5
     task_low, task_high = np.array([-0.1, 0.7]), np.array([0.1, 0.8])
     task_limits = np.array([-0.4, 0.4]), np.array([0.4, 1.2])  # the table: goals off it are refused
     task_unit = "m"
     success_distance = 0.05
-    control_spec = int(mujoco.mjtState.mjSTATE_MOCAP_POS)
     hand_start, block_start = np.array([0.0, 0.4, 0.05]), np.array([0.0, 0.52, 0.02])
     # The release gives the block 0.01 kg and a huge inertia. In the authors' recorded episodes, though, the block
     # pushes the front claw 3 cm back against its 1000 N s/m damper, which takes far more than the 0.1 N of friction
@@ -112,8 +143,6 @@ class SawyerPush:
     # block that stays well within the recordings' tolerance (README, "The simulator").
     block_mass = 1.0
 
-    observation_limit = 2.0  # metres: of gymnasium's observation space
-    baseline_products = [0, 1, 2, 3, 4, 5]  # observations whose products the baseline of the advantages sees
     goal_size = (0.02, 0.02, 0.002)  # of the mark that a picture shows: radius, radius, half height
     frames_every = 1  # steps per frame of a film
     rewards = ("dense", "sparse")
@@ -121,11 +150,6 @@ class SawyerPush:
     def __init__(self, reward="dense"):
         self.reward = reward
         self.reward_weights = {"near": 1.0} if reward == "sparse" else {"reach": 1.0, "place": 100.0}
-
-    @property
-    def expert_family(self):
-        """The family whose observation experts see: this one."""
-        return self
 
     def xml(self):
         block = f"""<body name="block" pos="{_text(self.block_start)}"><freejoint/>
@@ -137,29 +161,15 @@ class SawyerPush:
 
     def start(self, model):
         """The one start state: the arm settled under gravity on its mocap target, the block put in its place."""
-        data = mujoco.MjData(model)
-        data.qpos[:len(ARM_START)] = ARM_START
-        mujoco.mj_step(model, data, 1000)
+        data = settled_arm(model)
         block = model.jnt_qposadr[model.body("block").jntadr[0]]
         data.qpos[block:block + 7] = *self.block_start, 1, 0, 0, 0
         data.qvel[:] = 0
         return data
 
-    def observe(self, state, sensors):
-        """Full states (not needed here) and sensor readings (B, 12) -> observation (B, 6)."""
-        return sensors[:, :6].copy()
-
-    def ended(self, state):
-        """(B,) bool: who ends before the horizon. Nobody does."""
-        return np.zeros(len(state), bool)
-
     def outcome(self, state, sensors):
         """Sensor readings (B, 12) -> (B, 6), all that a reward for any goal needs: block, midpoint of both fingertips."""
         return np.concatenate([sensors[:, 3:6], 0.5 * (sensors[:, 6:9] + sensors[:, 9:12])], axis=1)
-
-    def next_control(self, control, action):
-        """Mocap position (B, 3) after an action (B, 3) already clipped to [-1, 1]."""
-        return np.clip(control + ACTION_SCALE * action, MOCAP_LOW, MOCAP_HIGH)
 
     def distance(self, outcome, task):
         """Block to goal in the plane, metres. `outcome` (..., 6), `task` (..., 2) -> (...)."""

@@ -361,14 +361,20 @@ def test_replay_stores_episodes_by_task(filled):
         replay.add(episodes)
 
 
-def test_replay_drops_what_follows_an_early_end(filled):
-    """Environment 2 (task 1) ends at step 31: flagged there, 81 transitions in every stream."""
+def replay_with_an_early_end(filled):
+    """(replay, episodes) in which environment 2 (task 1) ends at step 31."""
     tasks, episodes = filled
     episodes = {key: value.copy() for key, value in episodes.items()}
     episodes["mask"][2, 31:] = 0
     episodes["terminated"][2] = True
     replay = Replay(PUSH, tasks, 150)
     replay.add(episodes)
+    return replay, episodes
+
+
+def test_replay_drops_what_follows_an_early_end(filled):
+    """Flagged where it ends, 81 transitions in every stream."""
+    replay, episodes = replay_with_an_early_end(filled)
     assert replay.size == 81
     assert np.argwhere(replay.data["terminated"][..., 0]).tolist() == [[1, 30]]
     assert np.array_equal(replay.data["action"][1, 31:81], episodes["actions"][3])
@@ -376,12 +382,7 @@ def test_replay_drops_what_follows_an_early_end(filled):
 
 def test_replay_sums_rewards_over_several_steps(filled):
     """Five steps by a loop: discounted rewards up to the end of the episode, and what is left of the value after them."""
-    tasks, episodes = filled
-    episodes = {key: value.copy() for key, value in episodes.items()}
-    episodes["mask"][2, 31:] = 0
-    episodes["terminated"][2] = True
-    replay = Replay(PUSH, tasks, 200)
-    replay.add(episodes)
+    replay, episodes = replay_with_an_early_end(filled)
     settings = Settings(expert_batch=600, expert_relabelled=0.0, expert_reward_scale=1.0, expert_discount=0.9,
                         expert_return_steps=5)
     batch = replay.sample(np.random.default_rng(0), 1, settings)
