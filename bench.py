@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 import gmps
+import policy
 from envs import AntGoal, BatchEnv, SawyerDoor, SawyerPush, rollout, task_set
-from local_policies import Replay, SoftActorCritic
+from local_policies import Replay
+from sac import SoftActorCritic
 from settings import Settings
 
 
@@ -119,7 +121,7 @@ def bench_meta():
     settings, family = Settings(), SawyerPush()
     n, B = settings.meta_batch, settings.episodes * family.horizon
     generator = torch.Generator().manual_seed(0)
-    theta = {name: value.requires_grad_() for name, value in gmps.init_policy(family, settings, generator).items()}
+    theta = {name: value.requires_grad_() for name, value in policy.init_policy(family, settings, generator).items()}
     alpha = {name: value.requires_grad_() for name, value in gmps.init_step_sizes(theta, settings).items()}
 
     def normal(*shape):

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from envs import SawyerPush
+from settings import Settings
 
 HERE = Path(__file__).parent
 REFERENCE = HERE.parent / "shared" / "reference"
 PUSH = SawyerPush()
 HORIZON = PUSH.horizon
+TINY = Settings(hidden=8, bias_vector=2, init_std=0.6, min_std=0.3, init_step_size=0.1, pre_update_imitation=0.3,
+                episodes=2, imitation_batch=16)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +51,16 @@ def scripted_expert(observations, tasks):
     to_goal = tasks[:, None] - observations[..., 3:5]
     motion = np.concatenate([10 * to_goal, np.zeros_like(to_goal[..., :1])], axis=-1)
     return np.clip(motion, -1, 1).astype(np.float32)
+
+
+def numpy_mlp(params, learner, x):
+    """One vector through one learner's network, in plain loops over layers."""
+    weights = [p[learner].detach().double().numpy() for p in params]
+    for layer in range(0, len(weights), 2):
+        x = x @ weights[layer] + weights[layer + 1][0]
+        if layer < len(weights) - 2:
+            x = np.maximum(x, 0)
+    return x
 
 
 def finite_difference(tensor, function, step=1e-5):

@@ -20,7 +20,8 @@ from envs import check_tasks
 from local_policies import load_demonstrations
 
 FORMAT = "gmps checkpoint 1"
-MODULES = ("ant", "door", "envs", "files", "gmps", "local_policies", "run", "sawyer", "settings", "vision")
+MODULES = ("advantages", "ant", "door", "envs", "files", "gmps", "local_policies", "phases", "policy", "run", "sac",
+           "sawyer", "settings", "vision")
 
 
 class UserError(Exception):

@@ -5,8 +5,8 @@ Source: "Guided Meta-Policy Search", Mendonca, Gupta, Kralev, Abbeel, Levine, Fi
 Step numbers in `meta_train` are those of the algorithm box in README.md. Constants marked [release] are those of the
 authors' code, [ours] deviate from it (README, "Deviations").
 
-Letters in shape comments: n tasks, K episodes per task, T steps, B samples per task. Parameters are dicts of tensors;
-`theta` has no task axis, adapted parameters `phi` carry a leading task axis, so all tasks adapt in one batched product.
+Letters in shape comments: n tasks, K episodes per task, T steps, B samples per task. Parameters are dicts of tensors,
+`theta` without and `phi` with a leading task axis (policy.py).
 """
 import copy
 import math
@@ -14,28 +14,12 @@ import math
 import numpy as np
 import torch
 
-from envs import BatchEnv, correlated_noise, random_streams, rollout
-from vision import KEYPOINTS, init_convolutions, keypoints
+from advantages import policy_gradient_batch
+from envs import BatchEnv, random_streams
+from policy import collect, detached, init_policy, log_prob, per_task, policy_mean, scaled, see, seen, shared
 
 
-# ---------------------------------------------------------------- policy
-def init_policy(family, settings, generator, dtype=torch.float32):
-    """theta: MLP on [observation, z], plus z itself and the global log-std. Linear layers as torch.nn.Linear's.
-
-    For a family with images: convolutions too, whose points in the image come before the numbers of the observation.
-    """
-    inputs = family.observation_size + (KEYPOINTS if family.image_shape else 0)
-    sizes = [inputs + settings.bias_vector, settings.hidden, settings.hidden, family.action_size]
-    theta = init_convolutions(generator, dtype) if family.image_shape else {}
-    for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:]), start=1):
-        bound = 1.0 / math.sqrt(fan_in)
-        theta[f"w{layer}"] = (torch.rand(fan_in, fan_out, generator=generator, dtype=dtype) * 2 - 1) * bound
-        theta[f"b{layer}"] = (torch.rand(1, fan_out, generator=generator, dtype=dtype) * 2 - 1) * bound
-    theta["z"] = torch.zeros(1, settings.bias_vector, dtype=dtype)
-    theta["log_std"] = torch.full((1, family.action_size), math.log(settings.init_std), dtype=dtype)
-    return theta
-
-
+# ---------------------------------------------------------------- inner step: a policy gradient per task
 def init_step_sizes(theta, settings):
     """alpha: one step size per element of theta, the same for every inner step or, with settings.step_sizes "per step", one
     for each of them behind a leading axis.
@@ -54,53 +38,6 @@ def of_step(alpha, k):
     return {name: value[min(k, len(value) - 1)] if value.dim() == 3 else value for name, value in alpha.items()}
 
 
-def shared(name):
-    """Whether all tasks share that parameter, adapted or not: the convolutions' do, and have no task axis in phi."""
-    return name.startswith("conv")
-
-
-def per_task(theta, n):
-    """theta -> phi with a leading task axis of n, each task a view of the same parameters."""
-    return {name: value if shared(name) else value.expand(n, *value.shape) for name, value in theta.items()}
-
-
-def one_task(phi, i):
-    """phi of task i alone, its task axis kept."""
-    return {name: value if shared(name) else value[i:i + 1] for name, value in phi.items()}
-
-
-def see(phi, observation, image=None):
-    """What `policy_mean` takes: scaled observations (n, B, obs), behind the points found in images (n, B, ...), if any."""
-    return observation if image is None else torch.cat([keypoints(phi, image), observation], dim=-1)
-
-
-def seen(phi, batch):
-    """A batch with the numbers of its observation behind the points found in its images, if it has any."""
-    return batch | {"observation": see(phi, batch["observation"], batch.get("image"))}
-
-
-def policy_mean(phi, observation):
-    """Mean action (n, B, act) for scaled observations (n, B, obs), as `see` returns them."""
-    z = phi["z"].expand(-1, observation.shape[1], -1)
-    x = torch.cat([observation, z], dim=-1)
-    x = torch.baddbmm(phi["b1"], x, phi["w1"]).relu()
-    x = torch.baddbmm(phi["b2"], x, phi["w2"]).relu()
-    return torch.baddbmm(phi["b3"], x, phi["w3"])
-
-
-def policy_std(phi, settings):
-    """(n, 1, act), never under the floor."""
-    return phi["log_std"].clamp(min=math.log(settings.min_std)).exp()
-
-
-def log_prob(phi, observation, action, settings):
-    """Gaussian log-probability (n, B) of actions (n, B, act)."""
-    std = policy_std(phi, settings)
-    deviation = (action - policy_mean(phi, observation)) / std
-    return (-0.5 * deviation.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-# ---------------------------------------------------------------- inner step: a policy gradient per task
 def inner_loss(phi, batch, settings):
     """(n,): - mean_t log pi_phi(a_t|s_t) w_t A_t, with w_t = stopgrad(pi_phi) / pi_behaviour (paper's step 3b).
 
@@ -134,6 +71,12 @@ def adapt(theta, alpha, batches, settings, n, first_order=False):
     return path
 
 
+def adapted(theta, alpha, batches, settings, n):
+    """phi after one inner step per batch, as plain numbers: for rollouts, not for the outer gradient."""
+    path = adapt(detached(theta), detached(alpha), batches, settings, n, first_order=True)
+    return detached(path[-1])
+
+
 # ---------------------------------------------------------------- outer objective: imitation after the inner step
 def executed(action):
     """What the environment makes of an action, clip to [-1, 1], with slope 0.1 outside so that a gradient is left."""
@@ -165,110 +108,6 @@ def meta_loss(theta, alpha, batches, demonstration, settings, exploration=None):
         losses[0] = imitation_loss(per_task(theta, len(observation)), see(theta, observation, *image), expert_action)
     loss = sum(losses[1:]) / len(batches) + settings.pre_update_imitation * losses[0]
     return loss, {f"imitation_{k}": value.detach() for k, value in enumerate(losses)}
-
-
-# ---------------------------------------------------------------- data of one collection
-def scaled(family, observation, dtype=torch.float32):
-    return torch.as_tensor((observation - family.observation_centre) / family.observation_scale, dtype=dtype)
-
-
-def policy_input(family, phi, observation):
-    """What an environment returned for n tasks' episodes in order -> input of `policy_mean`, (n, B, ...)."""
-    n, dtype, device = len(phi["z"]), phi["z"].dtype, phi["z"].device
-    split = lambda x: x.to(device).view(n, -1, *x.shape[1:])  # noqa: E731
-    if not family.image_shape:
-        return split(scaled(family, observation, dtype))
-    return see(phi, split(scaled(family, observation["hand"], dtype)), split(torch.as_tensor(observation["image"].copy())))
-
-
-@torch.no_grad()
-def collect(env, tasks, phi, settings, generator):
-    """Roll out phi_i on task i, `env.num_envs / n` episodes each. `generator` None: mean actions.
-
-    Returns the episodes of `envs.rollout`, environments ordered by task.
-    """
-    n, std = len(tasks), policy_std(phi, settings)
-    noise = None if generator is None else correlated_noise((n, env.num_envs // n, env.family.action_size),
-                                                            settings.noise_correlation, generator)
-
-    def act(observation):
-        mean = policy_mean(phi, policy_input(env.family, phi, observation))
-        # Not clipped here: the environment clips, and log pi must be that of the Gaussian's own sample.
-        action = mean if noise is None else mean + std * next(noise).to(mean)
-        return action.flatten(0, 1).cpu().numpy()
-
-    return rollout(env, act, np.repeat(tasks, env.num_envs // n, axis=0))
-
-
-def linear_baseline(observation, returns, mask, products):
-    """Least-squares fit of returns on [s, s^2, s_i s_j, t, t^2, t^3, 1], per task (Duan et al. 2016; release's baseline).
-
-    The products s_i s_j of the entries named in `products` are [ours]: the value of a block's distance to a goal is no
-    sum over coordinates.
-
-    observation (n, K, T, obs) scaled, returns and mask (n, K, T) -> values (n, K, T). Computed in float64.
-    """
-    n, K, T, _ = observation.shape
-    s = observation.double().clamp(-10, 10)
-    t = (torch.arange(T, dtype=torch.float64, device=s.device) / 100).expand(n, K, T)[..., None]
-    i, j = torch.triu_indices(len(products), len(products), 1, device=s.device)
-    crossed = s[..., products]
-    features = [s, s.square(), crossed[..., i] * crossed[..., j], t, t.square(), t ** 3, torch.ones_like(t)]
-    features = torch.cat(features, dim=-1).view(n, K * T, -1)
-    weighted = features * mask.double().view(n, K * T, 1)
-    gram = weighted.mT @ features + 1e-5 * torch.eye(features.shape[-1], dtype=torch.float64, device=s.device)
-    coefficients = torch.linalg.solve(gram, weighted.mT @ returns.double().view(n, K * T, 1))
-    return (features @ coefficients).view(n, K, T).to(returns.dtype)
-
-
-def discounted_sum(values, factor):
-    """out_t = values_t + factor * out_{t+1} along the last axis."""
-    out, running = torch.empty_like(values), torch.zeros_like(values[..., 0])
-    for t in reversed(range(values.shape[-1])):
-        running = values[..., t] + factor * running
-        out[..., t] = running
-    return out
-
-
-def advantages(observation, reward, mask, products, settings):
-    """Generalised advantage estimates (n, K, T), centred per task."""
-    returns = discounted_sum(reward * mask, settings.discount)
-    value = linear_baseline(observation, returns, mask, products) * mask
-    next_value = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], dim=-1)
-    delta = reward + settings.discount * next_value - value
-    advantage = discounted_sum(delta * mask, settings.discount * settings.gae_lambda)
-    mean = (advantage * mask).sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
-    return (advantage - mean) * mask
-
-
-@torch.no_grad()
-def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None):
-    """Batch of the inner step from the episodes that phi collected: all (n, K * T, ...).
-
-    Advantages are divided by one constant for all tasks, `advantage_scale` (None: this batch's root mean square):
-    dividing by each task's own deviation would blow up the gradient near the goal, where rewards hardly differ. With
-    settings.advantage_scale "task" it is done all the same, where rewards differ in size from task to task.
-    """
-    n, dtype = len(phi["z"]), phi["z"].dtype
-    tensor = lambda x: torch.as_tensor(x, dtype=dtype).to(phi["z"].device).view(n, -1, *x.shape[1:])  # noqa: E731
-    observation = scaled(family, episodes["observations"][:, :-1], dtype).to(phi["z"].device)
-    observation = observation.view(n, -1, *observation.shape[1:])  # (n, K, T, obs)
-    mask = tensor(episodes["mask"])
-    advantage = advantages(observation, tensor(episodes["rewards"]), mask, family.baseline_products, settings)
-    if settings.advantage_scale == "task":
-        advantage_scale, own = 1.0, advantage.square().sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
-        advantage = advantage / own.sqrt().clamp(min=1e-6)
-    if advantage_scale is None:
-        advantage_scale = float((advantage.square().sum() / mask.sum()).sqrt())
-        if advantage_scale < 1e-8:  # a sparse reward that nobody found gives no advantage, and no step: not 0 / 0
-            advantage_scale = 1.0
-    batch = {"observation": observation.flatten(1, 2), "action": tensor(episodes["actions"]).flatten(1, 2),
-             "advantage": (advantage / advantage_scale).flatten(1, 2), "mask": mask.flatten(1, 2)}
-    if family.image_shape:
-        images = episodes["images"][:, :-1]
-        batch["image"] = torch.as_tensor(images.reshape(n, -1, *family.image_shape)).to(phi["z"].device)
-    batch["log_prob"] = log_prob(phi, seen(phi, batch)["observation"], batch["action"], settings)
-    return batch, float(advantage_scale)
 
 
 # ---------------------------------------------------------------- demonstrations
@@ -448,16 +287,6 @@ class MetaLearner:
             metrics[f"{name}return"] = float(episodes["rewards"].sum(1).mean())
             metrics[f"{name}distance"] = float(episodes["distances"][:, -1].mean())
         return metrics | {name: float(value) for name, value in info.items()}
-
-
-def adapted(theta, alpha, batches, settings, n):
-    """phi after one inner step per batch, as plain numbers: for rollouts, not for the outer gradient."""
-    path = adapt(detached(theta), detached(alpha), batches, settings, n, first_order=True)
-    return detached(path[-1])
-
-
-def detached(params):
-    return {name: value.detach().clone() for name, value in params.items()}
 
 
 def of_tasks(batch, tasks):

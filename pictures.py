@@ -3,7 +3,7 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 
-import gmps
+import policy
 from envs import BatchEnv
 from files import write_atomically
 
@@ -59,7 +59,7 @@ def draw_video(run, path, task):
             frames, ended = [env.render()], False
             for step in range(1, run.family.horizon + 1):
                 with torch.no_grad():
-                    action = gmps.policy_mean(phi, gmps.policy_input(run.family, phi, observation))[0].cpu().numpy()
+                    action = policy.policy_mean(phi, policy.policy_input(run.family, phi, observation))[0].cpu().numpy()
                 if not ended:  # autoreset would begin another episode: hold the last picture
                     observation, _, ended, *_ = env.step(action)
                 if step % run.family.frames_every == 0:

@@ -5,6 +5,7 @@ With the rewards of the rollouts exchanged between tasks, the gain of adaptation
 import numpy as np
 import pytest
 
+import advantages
 import gmps
 from conftest import HERE
 from envs import FAMILIES, make_family, task_set
@@ -21,7 +22,7 @@ def distances(task, steps, monkeypatch=None):
     family = make_family(task, settings.reward)
     tasks = task_set(family, "validation", 20)
     if monkeypatch is not None:
-        real = gmps.policy_gradient_batch
+        real = advantages.policy_gradient_batch
 
         def exchanged(episodes, phi, family, settings, scale):
             """Task i is given the rewards of task i + 7, rollout by rollout."""

@@ -9,6 +9,7 @@ from gymnasium.utils.env_checker import check_env
 
 import door
 import gmps
+import policy
 from conftest import record
 from envs import BatchEnv, check_tasks, make_family, rollout, task_set
 from local_policies import make_demonstrations
@@ -123,7 +124,7 @@ def test_door_stays_where_it_is_let_go_and_moves_only_by_its_handle():
 def test_policy_from_scratch_finds_no_reward_and_takes_no_step():
     """Its hand never comes near the handle: rewards, and so advantages and gradient, are exactly 0, not 0 / 0."""
     settings, tasks = Settings(task="door", episodes=5), task_set(DOOR, "validation", 2)
-    theta = gmps.init_policy(DOOR, settings, torch.Generator().manual_seed(0))
+    theta = policy.init_policy(DOOR, settings, torch.Generator().manual_seed(0))
     result = gmps.evaluate(DOOR, theta, gmps.init_step_sizes(theta, settings), [None], tasks, 1, settings, 0, 1)
     assert (result["sampled"]["return"] == 0).all()
     assert all(torch.equal(result["path"][1][name], result["path"][0][name]) for name in theta)

@@ -6,24 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-import envs
+import advantages
 import gmps
 import local_policies
+import policy
 from conftest import (
     PUSH,
+    TINY,
     finite_difference,
     reference_forward,
     relative_error,
     scripted_expert,
     through_bytes,
 )
-from envs import BatchEnv, random_streams, rollout, task_set
+from envs import BatchEnv, rollout, task_set
 from settings import Settings
 
 # ---------------------------------------------------------------- the meta-learner: gradients
-PRODUCTS = PUSH.baseline_products
-TINY = Settings(hidden=8, bias_vector=2, init_std=0.6, min_std=0.3, init_step_size=0.1, pre_update_imitation=0.3,
-                episodes=2, imitation_batch=16)
 
 
 def meta_problem(inner_steps, seed=0, n=2, size=12):
@@ -33,7 +32,7 @@ def meta_problem(inner_steps, seed=0, n=2, size=12):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    theta = gmps.init_policy(PUSH, TINY, generator, torch.float64)
+    theta = policy.init_policy(PUSH, TINY, generator, torch.float64)
     theta["z"] = 0.5 * normal(1, 2)
     theta["log_std"] = theta["log_std"] + 0.2 * normal(1, 3).abs()
     alpha = {name: 0.1 + 0.05 * normal(*value.shape) for name, value in theta.items()}
@@ -42,7 +41,7 @@ def meta_problem(inner_steps, seed=0, n=2, size=12):
         batch = {"observation": normal(n, size, 6), "action": 0.7 * normal(n, size, 3),
                  "advantage": normal(n, size), "mask": torch.ones(n, size, dtype=torch.float64)}
         batch["mask"][0, -3:] = 0
-        behaviour = gmps.log_prob(gmps.per_task(theta, n), batch["observation"], batch["action"], TINY)
+        behaviour = policy.log_prob(policy.per_task(theta, n), batch["observation"], batch["action"], TINY)
         batch["log_prob"] = behaviour + 0.3 * normal(n, size)
         batches.append(batch)
     demonstration = normal(n, 10, 6), normal(n, 10, 3)
@@ -158,7 +157,7 @@ def test_stop_gradient_on_w_is_felt():
 def test_inner_step_in_closed_form():
     """d/d b3 = -mean(w A (a - mu) / std^2), d/d log std = -mean(w A ((a - mu)^2 / std^2 - 1))."""
     theta, alpha, (batch,), _ = meta_problem(1, seed=2)
-    phi = {name: value.clone().requires_grad_() for name, value in gmps.per_task(theta, 2).items()}
+    phi = {name: value.clone().requires_grad_() for name, value in policy.per_task(theta, 2).items()}
     after = gmps.inner_step(phi, alpha, batch, TINY)
     x = torch.cat([batch["observation"], theta["z"].expand(2, 12, 2)], dim=-1)
     mean = torch.relu(torch.relu(x @ theta["w1"] + theta["b1"]) @ theta["w2"] + theta["b2"]) @ theta["w3"] + theta["b3"]
@@ -178,7 +177,7 @@ def log_std_meta_gradient(second_order):
     theta, alpha, (batch,), demonstration = meta_problem(1)
     for value in theta.values():
         value.requires_grad_()
-    phi = gmps.per_task(theta, 2)
+    phi = policy.per_task(theta, 2)
     loss = gmps.inner_loss(phi, batch, TINY).sum()
     gradient = torch.autograd.grad(loss, list(phi.values()), create_graph=second_order)
     phi = {name: value - alpha[name] * g for (name, value), g in zip(phi.items(), gradient, strict=True)}
@@ -209,8 +208,8 @@ def test_log_std_floor():
     """Below the floor std is the floor, and the log-probability no longer moves log-std."""
     theta, _, (batch,), _ = meta_problem(1)
     theta["log_std"] = torch.full_like(theta["log_std"], math.log(0.1)).requires_grad_()
-    phi = gmps.per_task(theta, 2)
-    assert torch.allclose(gmps.policy_std(phi, TINY), torch.tensor(0.3, dtype=torch.float64), rtol=1e-12, atol=0)
+    phi = policy.per_task(theta, 2)
+    assert torch.allclose(policy.policy_std(phi, TINY), torch.tensor(0.3, dtype=torch.float64), rtol=1e-12, atol=0)
     gradient, = torch.autograd.grad(gmps.inner_loss(phi, batch, TINY).sum(), theta["log_std"])
     assert not gradient.any()
 
@@ -242,161 +241,6 @@ def test_tasks_adapt_independently():
     assert all(not torch.equal(one[name][1], two[name][1]) for name in theta)
 
 
-# ---------------------------------------------------------------- the meta-learner: data
-@pytest.fixture(scope="module")
-def collected():
-    """(tasks, theta, phi, episodes, batch, scale) of a real collection: 2 tasks, 3 episodes each."""
-    tasks, generator = task_set(PUSH, "train", 2), torch.Generator().manual_seed(0)
-    theta = gmps.init_policy(PUSH, TINY, generator)
-    phi = gmps.per_task(theta, 2)
-    episodes = gmps.collect(BatchEnv(6), tasks, phi, TINY, generator)
-    return tasks, theta, phi, episodes, *gmps.policy_gradient_batch(episodes, phi, PUSH, TINY)
-
-
-def test_importance_weights_are_one_at_the_first_meta_step(collected):
-    """Theta unchanged since collection: w is 1 and the inner loss is -mean(log pi * A)."""
-    _, theta, phi, _, batch, _ = collected
-    log_prob = gmps.log_prob(phi, batch["observation"], batch["action"], TINY)
-    assert ((log_prob - batch["log_prob"]).exp() - 1).abs().max() <= 1e-6
-    loss = gmps.inner_loss(gmps.adapt(theta, {}, [], TINY, 2)[0], batch, TINY)
-    assert torch.allclose(loss, -(log_prob * batch["advantage"]).mean(-1), rtol=1e-6, atol=1e-7)
-    moved = {name: value + 0.05 for name, value in phi.items()}
-    moved_log_prob = gmps.log_prob(moved, batch["observation"], batch["action"], TINY)
-    by_hand = -(moved_log_prob * torch.exp(moved_log_prob - log_prob) * batch["advantage"]).mean(-1)
-    assert torch.allclose(gmps.inner_loss(moved, batch, TINY), by_hand, rtol=1e-5, atol=1e-6)
-    assert (moved_log_prob - log_prob).abs().max() > 0.01
-
-
-def test_collected_actions_are_the_gaussians_own_samples(collected):
-    """Unclipped, of the policy's std around its mean (chi-square over 900 numbers within 4 standard errors)."""
-    _, _, phi, episodes, batch, _ = collected
-    x = batch["observation"]
-    deviation = ((batch["action"] - gmps.policy_mean(phi, x)) / 0.6).square()
-    assert deviation.numel() == 900 and abs(deviation.mean().item() - 1) < 4 * math.sqrt(2 / 900)
-    assert np.abs(episodes["actions"]).max() > 1.0
-    again = gmps.collect(BatchEnv(2), task_set(PUSH, "train", 2), phi, TINY, None)
-    observation = (again["observations"][:, :-1] - PUSH.observation_centre) / 0.1
-    mean = gmps.policy_mean(phi, torch.as_tensor(observation, dtype=torch.float32))
-    assert np.allclose(again["actions"], mean.numpy(), atol=1e-6), "without a generator: mean actions"
-
-
-def test_batch_of_the_inner_step(collected):
-    """Observations scaled, advantages over one scale for all tasks: their own root mean square, or the given one."""
-    _, _, phi, episodes, batch, scale = collected
-    observation = (episodes["observations"].reshape(2, 3, 51, 6)[:, :, :-1] - [0, 0.6, 0.1, 0, 0.65, 0.02]) / 0.1
-    assert np.allclose(batch["observation"], observation.reshape(2, 150, 6), atol=1e-5)
-    assert np.allclose(batch["action"], episodes["actions"].reshape(2, 150, 3))
-    assert batch["advantage"].square().mean().sqrt().item() == pytest.approx(1.0, rel=1e-5)
-    assert batch["advantage"].mean(1).abs().max() < 1e-5
-    other, given = gmps.policy_gradient_batch(episodes, phi, PUSH, TINY, 7.0)
-    assert given == 7.0 and torch.allclose(other["advantage"] * 7.0, batch["advantage"] * scale, rtol=1e-4, atol=1e-5)
-
-
-def trajectories(n=2, K=4, T=30, seed=0):
-    rng = np.random.default_rng(seed)
-    observation = rng.normal(size=(n, K, T, 6)).cumsum(2) * 0.2
-    reward = rng.normal(size=(n, K, T)) + observation[..., 3]
-    return torch.as_tensor(observation), torch.as_tensor(reward), torch.ones(n, K, T, dtype=torch.float64)
-
-
-def test_baseline_against_lstsq():
-    """Ridge regression (1e-5) as numpy.linalg.lstsq on stacked equations, features written out one by one, masked."""
-    observation, returns, mask = trajectories()
-    mask[1, 2, 20:] = 0
-    value = gmps.linear_baseline(observation, returns, mask, PRODUCTS)
-    for i in range(2):
-        rows, targets, kept = [], [], []
-        for k in range(4):
-            for t in range(30):
-                s = observation[i, k, t].numpy()
-                products = [s[a] * s[b] for a in range(6) for b in range(a + 1, 6)]
-                rows.append([*s, *(s * s), *products, t / 100, (t / 100) ** 2, (t / 100) ** 3, 1.0])
-                targets.append(returns[i, k, t].item())
-                kept.append(mask[i, k, t].item() > 0)
-        X, y, kept = np.array(rows), np.array(targets), np.array(kept)
-        ridge = math.sqrt(1e-5) * np.eye(X.shape[1])
-        solution = np.linalg.lstsq(np.vstack([X[kept], ridge]), np.r_[y[kept], np.zeros(len(ridge))], rcond=None)[0]
-        assert np.allclose(value[i].reshape(-1), X @ solution, rtol=1e-7, atol=1e-7)
-        assert np.var(y[kept] - (X @ solution)[kept]) < 0.9 * np.var(y[kept])
-
-
-def by_hand_advantages(observation, reward, lam, discount):
-    """Per task, episode and step, in loops; lam is 0 or 1 only."""
-    n, K, T = reward.shape
-    reward, returns = reward.numpy(), np.zeros((n, K, T))
-    for t in reversed(range(T)):
-        returns[..., t] = reward[..., t] + (discount * returns[..., t + 1] if t + 1 < T else 0)
-    value = gmps.linear_baseline(observation, torch.as_tensor(returns), torch.ones(n, K, T).double(), PRODUCTS).numpy()
-    advantage = np.zeros((n, K, T))
-    for t in range(T):
-        following = value[..., t + 1] if t + 1 < T else 0.0
-        target = returns[..., t] if lam == 1 else reward[..., t] + discount * following
-        advantage[..., t] = target - value[..., t]
-    return advantage - advantage.mean((1, 2), keepdims=True)
-
-
-@pytest.mark.parametrize("lam", [0, 1])
-def test_advantages_at_both_ends_of_lambda(lam):
-    """1: discounted returns minus the baseline; 0: one-step temporal differences. Both centred per task."""
-    observation, reward, mask = trajectories(seed=1)
-    settings = dataclasses.replace(TINY, gae_lambda=lam, discount=0.9)
-    advantage = gmps.advantages(observation, reward, mask, PRODUCTS, settings)
-    assert np.allclose(advantage, by_hand_advantages(observation, reward, lam, 0.9), rtol=1e-8, atol=1e-9)
-    assert advantage.mean((1, 2)).abs().max() < 1e-12
-
-
-def test_advantages_between_are_the_weighted_sum_of_n_step_ones():
-    """lambda 0.5: (1 - lambda) sum lambda^(k-1) A^(k), the k-step advantages written out."""
-    observation, reward, mask = trajectories(n=1, K=2, T=6, seed=2)
-    lam, discount = 0.5, 0.9
-    settings = dataclasses.replace(TINY, gae_lambda=lam, discount=discount)
-    value = gmps.linear_baseline(observation, gmps.discounted_sum(reward, discount), mask, PRODUCTS).numpy()
-    expected = np.zeros((1, 2, 6))
-    for k in range(2):
-        for t in range(6):
-            steps = []
-            for length in range(1, 7 - t):
-                total = sum(discount ** j * reward[0, k, t + j].item() for j in range(length))
-                tail = discount ** length * value[0, k, t + length] if t + length < 6 else 0.0
-                steps.append(total + tail - value[0, k, t])
-            weights = [(1 - lam) * lam ** j for j in range(len(steps) - 1)] + [lam ** (len(steps) - 1)]
-            expected[0, k, t] = np.dot(weights, steps)
-    expected -= expected.mean()
-    assert np.allclose(gmps.advantages(observation, reward, mask, PRODUCTS, settings), expected, atol=1e-9)
-
-
-def test_padding_after_an_early_end_changes_nothing():
-    """Other observations behind the end of an episode: same advantages before it, zeros behind it."""
-    observation, reward, mask = trajectories(seed=3)
-    mask[1, 2, 17:], reward[1, 2, 17:] = 0, 0  # as `envs.rollout` leaves them
-    advantage = gmps.advantages(observation, reward, mask, PRODUCTS, TINY)
-    observation[1, 2, 17:] = 3.3
-    padded = gmps.advantages(observation, reward, mask, PRODUCTS, TINY)
-    assert torch.allclose(advantage, padded, rtol=0, atol=1e-9) and not padded[1, 2, 17:].any()
-    shorter = gmps.advantages(observation[:1], reward[:1], mask[:1], PRODUCTS, TINY)
-    assert torch.allclose(shorter, padded[:1], rtol=0, atol=1e-9), "and nothing in other tasks"
-    assert abs((padded * mask).sum((1, 2))).max() < 1e-9
-
-
-def test_discounted_sum_in_closed_form():
-    ones = torch.ones(2, 10, dtype=torch.float64)
-    geometric = (1 - 0.7 ** torch.arange(10, 0, -1, dtype=torch.float64)) / 0.3
-    assert torch.allclose(gmps.discounted_sum(ones, 0.7), geometric.expand(2, 10), rtol=1e-12, atol=0)
-
-
-def test_random_streams_are_distinct_and_repeatable():
-    """Every purpose, iteration and seed has numbers of its own, in both libraries, and the same ones again."""
-    keys = [(seed, purpose, k) for seed in (0, 1, 7) for purpose in envs.STREAMS for k in range(20)]
-
-    def first(key):
-        rng, generator = random_streams(*key)
-        return rng.random(), torch.rand(1, generator=generator, dtype=torch.float64).item()
-
-    draws = [first(key) for key in keys]
-    assert len({a for a, _ in draws}) == len({b for _, b in draws}) == len(keys) == 300
-    assert draws == [first(key) for key in keys]
-
-
 # ---------------------------------------------------------------- the meta-learner: training and evaluation
 LEARN = Settings(training_tasks=3, episodes=3, hidden=16, bias_vector=2, collections=3, meta_steps=4, inner_steps=2,
                  aggregation_episodes=1, imitation_batch=20, imitation_steps=20)
@@ -413,7 +257,7 @@ def meta_trained(settings, experts=scripted_expert, state=None):
     """List of (state through bytes, metrics), one per collection, and the demonstrations as they ended."""
     tasks = task_set(PUSH, "train", settings.training_tasks)
     demonstrations = scripted_demonstrations(tasks)
-    theta = gmps.init_policy(PUSH, settings, torch.Generator().manual_seed(0))
+    theta = policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0))
     env = BatchEnv(len(tasks) * settings.episodes)
     training = gmps.meta_train(env, tasks, demonstrations, experts, theta, settings, state)
     return [(through_bytes(state), metrics) for state, metrics in training], demonstrations
@@ -440,7 +284,7 @@ def test_yielded_states_are_snapshots():
     tasks = task_set(PUSH, "train", LEARN.training_tasks)
 
     def finish(state=None):
-        theta = gmps.init_policy(PUSH, LEARN, torch.Generator().manual_seed(0))
+        theta = policy.init_policy(PUSH, LEARN, torch.Generator().manual_seed(0))
         env = BatchEnv(len(tasks) * LEARN.episodes)
         training = gmps.meta_train(env, tasks, scripted_demonstrations(tasks), scripted_expert, theta, LEARN, state)
         return [new for new, _ in training]
@@ -461,7 +305,7 @@ def test_imitation_loss_sees_actions_as_executed():
 def test_warm_up_and_decay_of_the_learning_rates():
     """rate * min(1, (step + 1) / warm_up) * (1 - 0.9 progress), for theta and alpha."""
     settings = dataclasses.replace(LEARN, warm_up_steps=4, collections=2, meta_steps=5)
-    learner = gmps.MetaLearner(gmps.init_policy(PUSH, settings, torch.Generator().manual_seed(0)),
+    learner = gmps.MetaLearner(policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0)),
                                scripted_demonstrations(task_set(PUSH, "train", 3)), settings)
     for step, warm in ((0, 0.25), (3, 1.0), (9, 1.0)):
         learner.minimise(sum(value.square().sum() for value in (*learner.theta.values(), *learner.alpha.values())), step)
@@ -519,7 +363,7 @@ def unrevealing_demonstrations(tasks, count=400, seed=0):
 
 
 def loss_on(phi, demonstrations):
-    observation = gmps.scaled(PUSH, demonstrations.observations)
+    observation = policy.scaled(PUSH, demonstrations.observations)
     return gmps.imitation_loss(phi, observation, torch.as_tensor(demonstrations.actions)).item()
 
 
@@ -529,7 +373,7 @@ def test_imitation_without_adaptation_nears_its_lower_bound():
     demonstrations, bound = unrevealing_demonstrations(tasks)
     settings = dataclasses.replace(LEARN, imitation_steps=600, hidden=64, imitation_batch=100)
     theta = gmps.imitate(PUSH, demonstrations, settings)
-    assert bound <= loss_on(gmps.per_task(theta, 4), demonstrations) < 1.1 * bound
+    assert bound <= loss_on(policy.per_task(theta, 4), demonstrations) < 1.1 * bound
 
 
 def taught_to_adapt(seed):
@@ -545,11 +389,11 @@ def taught_to_adapt(seed):
     imitation = gmps.imitate(PUSH, demonstrations, settings)
     env = BatchEnv(8 * settings.episodes)
     *_, (state, metrics) = gmps.meta_train(env, tasks, demonstrations, None, imitation, settings)
-    assert loss_on(gmps.per_task(state["theta"], 8), held) >= bound
-    phi, losses = gmps.per_task(state["theta"], 8), []
+    assert loss_on(policy.per_task(state["theta"], 8), held) >= bound
+    phi, losses = policy.per_task(state["theta"], 8), []
     for draw in range(4):
-        episodes = gmps.collect(env, tasks, phi, settings, torch.Generator().manual_seed(draw))
-        batch, _ = gmps.policy_gradient_batch(episodes, phi, PUSH, settings, state["scales"][0])
+        episodes = policy.collect(env, tasks, phi, settings, torch.Generator().manual_seed(draw))
+        batch, _ = advantages.policy_gradient_batch(episodes, phi, PUSH, settings, state["scales"][0])
         losses.append(loss_on(gmps.adapted(state["theta"], state["alpha"], [batch], settings, 8), held))
     return metrics["imitation_1"], np.mean(losses), bound
 
@@ -569,7 +413,7 @@ def test_meta_training_teaches_the_policy_to_adapt_on_fresh_rollouts():
 
 def evaluated(seed, theta=None):
     generator = torch.Generator().manual_seed(0)
-    theta = theta or gmps.init_policy(PUSH, TINY, generator)
+    theta = theta or policy.init_policy(PUSH, TINY, generator)
     tasks = task_set(PUSH, "held_out", 2)
     return gmps.evaluate(PUSH, theta, gmps.init_step_sizes(theta, TINY), [5.0], tasks, 2, TINY, seed)
 
@@ -589,7 +433,7 @@ def test_evaluation_is_deterministic_under_its_seed():
 
 
 def test_evaluation_leaves_theta_untouched_and_starts_from_it():
-    theta = gmps.init_policy(PUSH, TINY, torch.Generator().manual_seed(1))
+    theta = policy.init_policy(PUSH, TINY, torch.Generator().manual_seed(1))
     before = {name: value.clone() for name, value in theta.items()}
     path = evaluated(0, theta)["path"]
     assert all(torch.equal(theta[name], before[name]) for name in theta)
@@ -601,11 +445,11 @@ def test_evaluation_leaves_theta_untouched_and_starts_from_it():
 def test_weights_of_the_inner_step_are_bounded():
     """w = e^2 counts as max_weight = 3, w = 1/e as it is: the loss by hand."""
     settings = dataclasses.replace(TINY, max_weight=3.0)
-    phi = gmps.per_task(gmps.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 1)
+    phi = policy.per_task(policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 1)
     generator = torch.Generator().manual_seed(1)
     batch = {"observation": torch.randn(1, 4, 6, generator=generator), "action": torch.randn(1, 4, 3, generator=generator),
              "advantage": torch.tensor([[1.0, -2.0, 3.0, 0.5]]), "mask": torch.ones(1, 4)}
-    log_prob = gmps.log_prob(phi, batch["observation"], batch["action"], settings)
+    log_prob = policy.log_prob(phi, batch["observation"], batch["action"], settings)
     batch["log_prob"] = log_prob - torch.tensor([[2.0, -1.0, 0.0, 2.0]])
     weight = torch.tensor([[3.0, math.exp(-1.0), 1.0, 3.0]])
     expected = -(log_prob * weight * batch["advantage"]).mean()
@@ -617,12 +461,12 @@ def test_advantages_by_each_tasks_own_scale():
     settings = dataclasses.replace(TINY, advantage_scale="task")
     env = BatchEnv(6)
     tasks = np.repeat(task_set(PUSH, "train", 1), 3, axis=0)
-    phi = gmps.per_task(gmps.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 3)
-    episodes = gmps.collect(env, tasks, phi, settings, torch.Generator().manual_seed(2))
+    phi = policy.per_task(policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 3)
+    episodes = policy.collect(env, tasks, phi, settings, torch.Generator().manual_seed(2))
     for name in episodes:
         episodes[name] = np.concatenate([episodes[name][:2], episodes[name][:2], episodes[name][:2]])
     episodes["rewards"] = episodes["rewards"] * np.array([1.0, 1.0, 100.0, 100.0, 0.0, 0.0])[:, None]
-    batch, scale = gmps.policy_gradient_batch(episodes, phi, PUSH, settings)
+    batch, scale = advantages.policy_gradient_batch(episodes, phi, PUSH, settings)
     one, other, nothing = batch["advantage"]
     assert one.square().mean().sqrt().item() * scale == pytest.approx(1.0, rel=1e-4)
     assert torch.allclose(one, other, rtol=1e-3, atol=1e-4) and not nothing.any()
@@ -632,10 +476,10 @@ def test_noise_of_a_collection_lasts_where_it_is_asked_to():
     """Actions minus their mean, over std: correlation 0.9 from step to step, 0 by default; variance 1 either way."""
     for correlation in (0.0, 0.9):
         settings = dataclasses.replace(TINY, noise_correlation=correlation)
-        phi = gmps.per_task(gmps.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 1)
-        episodes = gmps.collect(BatchEnv(100), PUSH.training_tasks(1), phi, settings, torch.Generator().manual_seed(3))
-        mean = gmps.policy_mean(phi, gmps.scaled(PUSH, episodes["observations"][:, :-1].reshape(1, -1, 6)))
-        noise = (episodes["actions"] - mean.view(100, 50, 3).numpy()) / gmps.policy_std(phi, settings).numpy()
+        phi = policy.per_task(policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 1)
+        episodes = policy.collect(BatchEnv(100), PUSH.training_tasks(1), phi, settings, torch.Generator().manual_seed(3))
+        mean = policy.policy_mean(phi, policy.scaled(PUSH, episodes["observations"][:, :-1].reshape(1, -1, 6)))
+        noise = (episodes["actions"] - mean.view(100, 50, 3).numpy()) / policy.policy_std(phi, settings).numpy()
         # 15,000 numbers, a tenth as many independent ones where they last: five standard errors
         assert noise.var() == pytest.approx(1.0, abs=0.2 if correlation else 0.06)
         assert (noise[:, 1:] * noise[:, :-1]).mean() == pytest.approx(correlation, abs=0.2 if correlation else 0.06)
@@ -643,7 +487,7 @@ def test_noise_of_a_collection_lasts_where_it_is_asked_to():
 
 def test_pre_update_policy_may_imitate_other_tasks():
     """With `exploration`, phi_0's loss is that on those pairs; the adapted policies' losses are as without."""
-    theta = gmps.init_policy(PUSH, TINY, torch.Generator().manual_seed(0))
+    theta = policy.init_policy(PUSH, TINY, torch.Generator().manual_seed(0))
     theta = {name: value.requires_grad_() for name, value in theta.items()}
     alpha = gmps.init_step_sizes(theta, TINY)
     generator = torch.Generator().manual_seed(4)
@@ -652,12 +496,12 @@ def test_pre_update_policy_may_imitate_other_tasks():
         return torch.randn(n, 5, 6, generator=generator), torch.rand(n, 5, 3, generator=generator)
     batch = {"observation": torch.randn(2, 7, 6, generator=generator), "action": torch.randn(2, 7, 3, generator=generator),
              "advantage": torch.randn(2, 7, generator=generator), "mask": torch.ones(2, 7)}
-    phi = gmps.per_task(theta, 2)
-    batch["log_prob"] = gmps.log_prob(phi, batch["observation"], batch["action"], TINY).detach()
+    phi = policy.per_task(theta, 2)
+    batch["log_prob"] = policy.log_prob(phi, batch["observation"], batch["action"], TINY).detach()
     demonstration, exploration = pairs(2), pairs(3)
     loss, info = gmps.meta_loss(theta, alpha, [batch], demonstration, TINY)
     other, other_info = gmps.meta_loss(theta, alpha, [batch], demonstration, TINY, exploration)
-    expected = gmps.imitation_loss(gmps.per_task(theta, 3), *exploration)
+    expected = gmps.imitation_loss(policy.per_task(theta, 3), *exploration)
     assert torch.equal(info["imitation_1"], other_info["imitation_1"])
     assert other_info["imitation_0"].item() == pytest.approx(expected.item(), rel=1e-6)
     assert (other - loss).item() == pytest.approx(0.3 * (expected - info["imitation_0"]).item(), rel=1e-4)
@@ -669,7 +513,7 @@ def test_later_steps_are_smaller_and_may_leave_out_negative_step_sizes(monkeypat
     monkeypatch.setattr(gmps, "inner_step", lambda phi, alpha, *_, **__: used.append(alpha) or phi)
     for choice in ("learned", "positive"):
         settings = dataclasses.replace(TINY, inner_steps=1, later_steps=0.5, later_floor=0.2, later_alpha=choice, episodes=2)
-        theta = gmps.init_policy(PUSH, settings, torch.Generator().manual_seed(0))
+        theta = policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0))
         alpha = {name: torch.linspace(-1, 1, value.numel()).view(value.shape)
                  for name, value in gmps.init_step_sizes(theta, settings).items()}
         used.clear()
@@ -682,7 +526,7 @@ def test_later_steps_are_smaller_and_may_leave_out_negative_step_sizes(monkeypat
 def test_every_inner_step_may_have_its_own_step_sizes():
     """Two steps by hand with alpha_0 = 0.1 and alpha_1 = 0.02; past the last step, its own again."""
     settings = dataclasses.replace(TINY, step_sizes="per step", inner_steps=2)
-    theta = gmps.init_policy(PUSH, settings, torch.Generator().manual_seed(0))
+    theta = policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0))
     alpha = gmps.init_step_sizes(theta, settings)
     assert all(value.shape == (2, *theta[name].shape) for name, value in alpha.items())
     alpha = {name: value * torch.tensor([1.0, 0.2]).view(2, 1, 1) for name, value in alpha.items()}

@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+import files
 import gmps
+import phases
+import policy
 import run
 import settings as settings_module
 from conftest import (
@@ -37,7 +40,7 @@ ARGUMENTS = ["--quick", "--threads", "1", *(f"--set={name}={value}" for name, va
 def start(*arguments):
     """`run.main` in this process, without the pictures' seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "draw_video", lambda *_: None)
+        patch.setattr(phases, "draw_video", lambda *_: None)
         return run.main([str(argument) for argument in arguments])
 
 
@@ -86,8 +89,8 @@ def test_environment_steps_are_counted_exactly(finished):
 
 def test_results_of_a_run_are_those_of_its_policy_file(finished):
     """The mean-action return before adaptation, recomputed from policy.pt by a rollout of our own."""
-    policy = torch.load(finished / "policy.pt", weights_only=True)
-    phi = {name: value.double() for name, value in gmps.per_task(policy["theta"], 2).items()}
+    theta = torch.load(finished / "policy.pt", weights_only=True)["theta"]
+    phi = {name: value.double() for name, value in policy.per_task(theta, 2).items()}
 
     def act(observation):
         x = torch.as_tensor((observation - PUSH.observation_centre) / 0.1)
@@ -104,7 +107,7 @@ def test_demonstrations_of_a_run_belong_to_its_training_tasks(finished):
     """Row i of the file holds task i of the training set, in its order, and that task's expert's labels."""
     tasks, (observations, actions), _ = read_demonstrations(finished / "demonstrations.npz", PUSH)
     assert np.array_equal(tasks, task_set(PUSH, "train", 2))
-    experts = run.expert_policies(run.load_checkpoint(finished / "experts.pt", "experts"))
+    experts = phases.expert_policies(files.load_checkpoint(finished / "experts.pt", "experts"))
     assert np.allclose(experts(observations, tasks), actions, atol=1e-6)
     assert not np.allclose(experts(observations, tasks[::-1]), actions, atol=1e-6)
 
@@ -180,7 +183,7 @@ sys.exit(run.main(sys.argv[4:]))
 
 
 @pytest.mark.parametrize("module, name, count, left", [
-    pytest.param("local_policies", "critic_loss", 14, "experts_partial.pt", id="in iteration 7 of 8 of the experts"),
+    pytest.param("sac", "critic_loss", 14, "experts_partial.pt", id="in iteration 7 of 8 of the experts"),
     pytest.param("gmps", "meta_loss", 4, "policy_partial.pt", id="in collection 2 of 3 of meta-training"),
     pytest.param("os", "fsync", 4, "experts.pt.part", id="while writing experts.pt"),
 ])
@@ -389,9 +392,9 @@ def test_all_tasks_and_seeds_run_one_after_the_other_and_finished_ones_are_left_
 def test_extrapolation_writes_its_figure_and_every_band(tmp_path):
     out = tmp_path / "ant"
     settings = Settings(**settings_module.TASKS["ant"] | {"task": "ant", "hidden": 8})
-    theta = gmps.init_policy(AntGoal(), settings, torch.Generator().manual_seed(0))
+    theta = policy.init_policy(AntGoal(), settings, torch.Generator().manual_seed(0))
     out.mkdir()
-    run.save_checkpoint(out / "policy.pt", "policy", settings, {
+    files.save_checkpoint(out / "policy.pt", "policy", settings, {
         "theta": theta, "alpha": gmps.init_step_sizes(theta, settings), "scales": [1.0], "no_adaptation": theta,
         "env_steps": {"experts": 1, "meta_training": 1}, "wall_seconds": {"experts": 1.0, "meta_training": 1.0}})
     assert start("--task", "ant", "--evaluate", out, "--extrapolate", "--gradient-steps", 1, "--rollouts", 2,
@@ -422,8 +425,8 @@ def test_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"half of the new")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(run.UserError, match="No space left") as caught:
-        run.write_atomically(path, write)
+    with pytest.raises(files.UserError, match="No space left") as caught:
+        files.write_atomically(path, write)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
@@ -443,11 +446,11 @@ def file_size_limit(size):
 def test_checkpoint_that_does_not_fit_leaves_the_old_one(tmp_path, limit):
     """A disk that is full anywhere in the file, in one line."""
     path = tmp_path / "policy.pt"
-    run.save_checkpoint(path, "policy", Settings(), {"theta": torch.ones(3)})
-    with file_size_limit(limit), pytest.raises(run.UserError) as caught:
-        run.save_checkpoint(path, "policy", Settings(), {"theta": torch.zeros(100, 1000)})
+    files.save_checkpoint(path, "policy", Settings(), {"theta": torch.ones(3)})
+    with file_size_limit(limit), pytest.raises(files.UserError) as caught:
+        files.save_checkpoint(path, "policy", Settings(), {"theta": torch.zeros(100, 1000)})
     assert "\n" not in str(caught.value)
-    assert torch.equal(run.load_checkpoint(path, "policy")["theta"], torch.ones(3))
+    assert torch.equal(files.load_checkpoint(path, "policy")["theta"], torch.ones(3))
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -463,5 +466,5 @@ def test_run_on_a_full_disk_ends_in_one_line_and_goes_on_later(finished, tmp_pat
 
 def test_json_never_holds_nan(tmp_path):
     with pytest.raises(ValueError):
-        run.write_json(tmp_path / "result.json", {"return": float("nan")})
+        files.write_json(tmp_path / "result.json", {"return": float("nan")})
     assert not (tmp_path / "result.json").exists()

@@ -10,6 +10,7 @@ import torch
 import envs
 import gmps
 import local_policies
+import policy
 import vision
 from conftest import push_north, relative_error, scripted_expert, through_bytes
 from envs import BatchEnv, rollout, task_set
@@ -176,7 +177,7 @@ def meta_problem(n=2, size=6):
     def images(count):
         return torch.randint(0, 256, (n, count, 48, 64, 3), dtype=torch.uint8, generator=generator)
 
-    theta = gmps.init_policy(VISION, TINY, generator, torch.float64)
+    theta = policy.init_policy(VISION, TINY, generator, torch.float64)
     alpha = {name: value + 0.3 for name, value in gmps.init_step_sizes(theta, TINY).items()}
     batch = {"observation": normal(n, size, 3), "image": images(size), "action": normal(n, size, 3),
              "advantage": normal(n, size), "mask": torch.ones(n, size, dtype=torch.float64)}
@@ -191,14 +192,14 @@ def test_meta_gradient_through_the_convolutions_against_finite_differences():
     theta, alpha, batch, demonstration = meta_problem()
 
     def loss(parameters):
-        behaviour = gmps.log_prob(gmps.per_task(parameters, 2), gmps.seen(parameters, batch)["observation"],
+        behaviour = policy.log_prob(policy.per_task(parameters, 2), policy.seen(parameters, batch)["observation"],
                                   batch["action"], TINY).detach()
         return gmps.meta_loss(parameters, alpha, [batch | {"log_prob": behaviour}], demonstration, TINY)[0]
 
     for value in theta.values():
         value.requires_grad_()
     loss(theta).backward()
-    assert [name for name in theta if gmps.shared(name)] == ["conv1_w", "conv1_b", "conv2_w", "conv2_b", "conv3_w"]
+    assert [name for name in theta if policy.shared(name)] == ["conv1_w", "conv1_b", "conv2_w", "conv2_b", "conv3_w"]
     generator = torch.Generator().manual_seed(1)
     for name, value in theta.items():
         # a smaller step than elsewhere: among 100,000 rectified units some are always near their kink
@@ -218,7 +219,7 @@ def test_inner_step_leaves_the_convolutions_alone():
             assert torch.equal(value, theta[name])
         else:
             assert value.shape == (2, *theta[name].shape) and not torch.equal(value[0], value[1])
-    assert torch.equal(gmps.one_task(phi, 1)["w1"][0], phi["w1"][1])
+    assert torch.equal(policy.one_task(phi, 1)["w1"][0], phi["w1"][1])
 
 
 def test_some_images_keeps_samples_together():
@@ -242,7 +243,7 @@ def test_demonstrations_show_images_and_are_labelled_from_the_state(env):
     observation, action, image = demonstrations.sample(VISION, np.random.default_rng(0), np.array([1]), 7)
     where = [int(np.flatnonzero((actions[1] == a).all(1) & (images[1] == i).all((1, 2, 3)))[0])
              for a, i in zip(action[0].numpy(), image[0].numpy())]
-    assert np.allclose(observation[0].numpy(), gmps.scaled(VISION, observations[1, where]).numpy())
+    assert np.allclose(observation[0].numpy(), policy.scaled(VISION, observations[1, where]).numpy())
     assert image.dtype == torch.uint8
     with pytest.raises(ValueError, match="images"):
         gmps.Demonstrations(observations, actions, images[:, 1:])
@@ -267,7 +268,7 @@ def test_meta_training_from_image_demonstrations_resumes_with_the_same_bits(imag
     resumed = train(through[0][0])
     for name, value in through[1][0]["theta"].items():
         assert torch.equal(value, resumed[0][0]["theta"][name])
-        learns = image_batch > 0 or not gmps.shared(name)
+        learns = image_batch > 0 or not policy.shared(name)
         assert torch.equal(value, theta[name]) != learns, name
     assert through[1][1] == resumed[0][1] and through[1][1]["env_steps"] == 400
     if image_batch > 0:
