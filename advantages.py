@@ -52,7 +52,8 @@ def advantages(observation, reward, mask, products, settings):
 
 @torch.no_grad()
 def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None):
-    """Batch of the inner step from the episodes that phi collected: all (n, K * T, ...).
+    """Batch of the inner step from the episodes that phi collected: all (n, K * T, ...), of every settings.inner_every-th
+    time step: where exploration noise lasts, neighbours say the same.
 
     Advantages are divided by one constant for all tasks, `advantage_scale` (None: this batch's root mean square):
     dividing by each task's own deviation would blow up the gradient near the goal, where rewards hardly differ. With
@@ -71,10 +72,11 @@ def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None)
         advantage_scale = float((advantage.square().sum() / mask.sum()).sqrt())
         if advantage_scale < 1e-8:  # a sparse reward that nobody found gives no advantage, and no step: not 0 / 0
             advantage_scale = 1.0
-    batch = {"observation": observation.flatten(1, 2), "action": tensor(episodes["actions"]).flatten(1, 2),
-             "advantage": (advantage / advantage_scale).flatten(1, 2), "mask": mask.flatten(1, 2)}
+    batch = {"observation": observation, "action": tensor(episodes["actions"]), "advantage": advantage / advantage_scale,
+             "mask": mask}
     if family.image_shape:
         images = episodes["images"][:, :-1]
-        batch["image"] = torch.as_tensor(images.reshape(n, -1, *family.image_shape)).to(phi["z"].device)
+        batch["image"] = torch.as_tensor(images.reshape(n, -1, *images.shape[1:])).to(phi["z"].device)
+    batch = {name: value[:, :, ::settings.inner_every].flatten(1, 2) for name, value in batch.items()}
     batch["log_prob"] = log_prob(phi, seen(phi, batch)["observation"], batch["action"], settings)
     return batch, float(advantage_scale)

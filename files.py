@@ -20,8 +20,8 @@ from envs import check_tasks
 from local_policies import load_demonstrations
 
 FORMAT = "gmps checkpoint 1"
-MODULES = ("advantages", "ant", "door", "envs", "files", "gmps", "local_policies", "phases", "policy", "run", "sac",
-           "sawyer", "settings", "vision")
+MODULES = ("advantages", "ant", "door", "envs", "files", "gmps", "local_policies", "phases", "pictures", "policy", "run",
+           "sac", "sawyer", "settings", "vision")
 
 
 class UserError(Exception):
@@ -125,6 +125,15 @@ def open_folder(out, settings):
         raise UserError(f"{out} holds another result.json: choose another folder with --out")
     else:
         write_json(saved, wanted)
+
+
+def open_evaluation(out):
+    """Create `out`, or check that it is writable and holds nothing but an evaluation."""
+    result = out / "result.json"
+    with contextlib.suppress(OSError, ValueError):
+        if (out / "settings.json").exists() or "trained_seed" not in json.loads(result.read_text()):
+            raise UserError(f"{out} holds a training run: choose another folder with --out")
+    make_folder(out)
 
 
 def commit():

@@ -7,6 +7,7 @@ Source: steps 1 and 2 of "Guided Meta-Policy Search" (Mendonca et al., NeurIPS 2
 Letters in shape comments: N learners, B batch, S tasks (and replay streams).
 """
 import math
+import zipfile
 
 import numpy as np
 import torch
@@ -229,30 +230,31 @@ def save_demonstrations(file, tasks, arrays, env_steps):
 
 
 def load_demonstrations(file, family):
-    """(tasks, arrays, env_steps) as `save_demonstrations` was given, env_steps 0 where missing; ValueError where shapes do
-    not fit `family`."""
-    data = np.load(file, allow_pickle=False)
-    if not isinstance(data, np.lib.npyio.NpzFile):
-        raise ValueError("demonstrations must be an npz file")
-    with data:
+    """(tasks, arrays, env_steps) as `save_demonstrations` was given, env_steps 0 where missing; ValueError where they do not
+    fit `family`."""
+    with open(file, "rb") as opened:
+        if not zipfile.is_zipfile(opened):
+            raise ValueError("demonstrations must be an npz file, and whole")
+    with np.load(file, allow_pickle=False) as data:
         needed = ("tasks", "observations", "actions") + (("images",) if family.image_shape else ())
         missing = set(needed) - set(data.files)
         if missing:
             raise ValueError(f"demonstrations lack {sorted(missing)}")
-        tasks, observations, actions, *images = (data[name] for name in needed)
+        arrays = {name: data[name] for name in needed}
         env_steps = int(data["env_steps"]) if "env_steps" in data.files else 0
-    n, tasks = len(observations), np.atleast_2d(tasks)
-    for name, array, size in (("tasks", tasks[:, None], family.task_size),
-                              ("observations", observations, family.observation_size),
-                              ("actions", actions, family.action_size)):
-        if array.ndim != 3 or len(array) != n or array.shape[2] != size:
-            raise ValueError(f"demonstrations: {name} have shape {array.shape}, which does not fit {family.name}")
-        if not np.isfinite(array).all():
-            raise ValueError(f"demonstrations: {name} are not all finite")
-    if observations.shape[1] != actions.shape[1]:
-        raise ValueError("demonstrations: observations and actions differ in length")
-    for image in images:
-        if image.shape != (*actions.shape[:2], *family.image_shape) or image.dtype != np.uint8:
-            raise ValueError(f"demonstrations: images have shape {image.shape} and type {image.dtype}, not (n, M, "
-                             f"{', '.join(map(str, family.image_shape))}) and uint8")
-    return tasks, (observations, actions, *images), env_steps
+    n, M = arrays["observations"].shape[:2] if arrays["observations"].ndim == 3 else (0, 0)
+    wanted = {"tasks": (n, family.task_size), "observations": (n, M, family.observation_size),
+              "actions": (n, M, family.action_size), "images": (n, M, *(family.image_shape or ()))}
+    for name, array in arrays.items():
+        if array.shape != wanted[name] or not n * M:
+            shape = (["n"] if name == "tasks" else ["n", "M"]) + list(wanted[name][1 if name == "tasks" else 2:])
+            raise ValueError(f"demonstrations: {name} have shape {array.shape}, which does not fit {family.name}: give "
+                             f"({', '.join(map(str, shape))}), with n and M at least 1 and the same for all")
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise ValueError(f"demonstrations: {name} are not all finite numbers")
+    if np.abs(arrays["actions"]).max() > 1 + 1e-6:
+        raise ValueError("demonstrations: actions reach beyond [-1, 1]: clip them, as the environment does")
+    if family.image_shape and arrays["images"].dtype != np.uint8:
+        raise ValueError(f"demonstrations: images have type {arrays['images'].dtype}, not uint8")
+    tasks, *rest = arrays.values()
+    return tasks, tuple(rest), env_steps

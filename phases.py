@@ -29,7 +29,7 @@ from policy import collect, one_task, per_task
 TABLE_STEPS = (0, 1, 2, 3, 5)  # gradient steps shown in the closing table
 EXPERT_CHECKPOINT_EVERY = 5    # iterations; the checkpoint holds the whole replay
 METRICS = ("phase", "iteration", "env_steps", "return", "distance", "adapted_return", "adapted_distance",
-           "imitation_0", "imitation_1", "temperature")
+           "imitation_0", "imitation_1", "imitation_2", "imitation_3", "temperature")
 
 
 # ---------------------------------------------------------------- a run and its phases
@@ -235,13 +235,13 @@ def closing_table(lists, unit, title="held-out tasks"):
     """Aligned text table of means over tasks."""
     def row(label, records):
         if not records:
-            return f"{label:<34}{'-':>8}{'-':>12}{'-':>10}"
+            return f"{label:<34}{'-':>8}{'-':>14}{'-':>10}"
         mean = {key: np.mean([record[key] for record in records]) for key in ("return", "final_distance", "success")}
-        return f"{label:<34}{mean['return']:>8.1f}{mean['final_distance']:>12.4f}{100 * mean['success']:>9.0f}%"
+        return f"{label:<34}{mean['return']:>8.1f}{mean['final_distance']:>14.4f}{100 * mean['success']:>9.0f}%"
 
     steps = sorted({record["gradient_steps"] for record in lists["held_out"]})
     shown = [k for k in steps if k in TABLE_STEPS or k == steps[-1]]
-    lines = [f"{title:<34}{'return':>8}{f'distance {unit}':>12}{'success':>10}"]
+    lines = [f"{title:<34}{'return':>8}{f'distance {unit}':>14}{'success':>10}"]
     for name, label in (("held_out", "mean action"), ("held_out_sampled", "sampled actions")):
         lines += [row(f"adapted, {k} step{'s' * (k != 1)}, {label}",
                       [r for r in lists[name] if r["gradient_steps"] == k]) for k in shown]

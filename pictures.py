@@ -6,6 +6,7 @@ import torch
 import policy
 from envs import BatchEnv
 from files import write_atomically
+from vision import NoOpenGL
 
 
 def draw_plot(run, lists):
@@ -43,7 +44,8 @@ def draw_plot(run, lists):
             level = np.mean([r["final_distance"] for r in lists[name]])
             axes[2].axhline(level, color="black", linestyle=style, label=label)
     axes[2].set(title=f"adaptation on {len(values[0])} held-out tasks, 95% interval", xlabel="gradient steps",
-                ylabel=f"final distance to goal ({run.family.task_unit})", ylim=(0, None))
+                ylabel=("final angle error" if run.family.task_unit == "rad" else "final distance to goal")
+                + f" ({run.family.task_unit})", ylim=(0, None))
     axes[2].legend()
     write_atomically(run.out / "learning.png", lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)
@@ -65,7 +67,7 @@ def draw_video(run, path, task):
                 if step % run.family.frames_every == 0:
                     frames.append(env.render())
             sides.append(np.array(frames)[:, ::2, ::2])
-    except RuntimeError as error:
+    except NoOpenGL as error:
         print(f"no video: {error}")
         return
     finally:

@@ -94,7 +94,7 @@ def policy_input(family, phi, observation):
     split = lambda x: x.to(device).view(n, -1, *x.shape[1:])  # noqa: E731
     if not family.image_shape:
         return split(scaled(family, observation, dtype))
-    return see(phi, split(scaled(family, observation["hand"], dtype)), split(torch.as_tensor(observation["image"].copy())))
+    return see(phi, split(scaled(family, observation["hand"], dtype)), split(torch.as_tensor(observation["image"])))
 
 
 @torch.no_grad()

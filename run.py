@@ -22,7 +22,16 @@ import torch
 
 import settings as settings_module
 from envs import FAMILIES, make_family, task_set
-from files import UserError, commit, load_checkpoint, make_folder, open_folder, read_demonstrations, read_goals, write_json
+from files import (
+    UserError,
+    commit,
+    load_checkpoint,
+    open_evaluation,
+    open_folder,
+    read_demonstrations,
+    read_goals,
+    write_json,
+)
 from phases import (
     Run,
     closing_table,
@@ -54,7 +63,8 @@ def parse(arguments):
                         help="one expert that is told the goal, or one learner per training task (door: scripted)")
     parser.add_argument("--demos", type=Path, metavar="FILE",
                         help="npz file of demonstrations (tasks, observations, actions): meta-train from them alone")
-    parser.add_argument("--out", type=Path, help="output folder (default runs/TASK/gmps/seedSEED)")
+    parser.add_argument("--out", type=Path,
+                        help="output folder (default runs/TASK/gmps/seedSEED; with --evaluate DIR/evaluation)")
     parser.add_argument("--device", default="cpu", help="for the networks: cpu or cuda")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of simulator and networks (default: all)")
     parser.add_argument("--quick", action="store_true", help="every phase on tiny budgets, under a minute")
@@ -63,7 +73,8 @@ def parse(arguments):
     parser.add_argument("--goals", type=Path, help="with --evaluate: npy file of goals (default: the held-out goals), "
                         "(n, 2) in metres for push, push-vision and ant, (n, 1) in radians for door")
     parser.add_argument("--gradient-steps", type=int, help="with --evaluate (default 5; 20 with --extrapolate)")
-    parser.add_argument("--rollouts", type=int, help="with --evaluate: per task and gradient step (default as trained)")
+    parser.add_argument("--rollouts", type=int,
+                        help="with --evaluate: per task and gradient step (default 20, for the ant 50)")
     parser.add_argument("--extrapolate", action="store_true",
                         help="with --evaluate, ant: goals 15, 30 and 45 degrees outside the training arc, and the figure")
     options = parser.parse_args(arguments)
@@ -90,8 +101,10 @@ def parse(arguments):
         raise UserError("--task all takes no --evaluate, --demos, --reward or --experts: name one task")
     if options.demos and options.experts:
         raise UserError("--demos asks no experts: leave --experts out")
-    if options.extrapolate and (options.goals or options.task != "ant"):
-        raise UserError("--extrapolate has its own goals, those of --task ant: leave --goals out")
+    if options.extrapolate and options.task != "ant":
+        raise UserError("--extrapolate goes with --task ant alone")
+    if options.extrapolate and options.goals:
+        raise UserError("--extrapolate has its own goals: leave --goals out")
     try:
         if torch.device(options.device).type not in ("cpu", "cuda"):
             raise RuntimeError
@@ -112,6 +125,13 @@ def choose_settings(options, task, seed, demos=None):
         preset = settings_module.TASKS[task] | (settings_module.LOCAL if local else {})
         preset = preset | (settings_module.QUICK if options.quick else {})
         changed = settings_module.from_strings(options.set)
+        if demos is not None:
+            for name in changed.keys() & {"training_tasks", "aggregation_episodes"}:
+                raise UserError(f"--set {name}: --demos brings its own tasks, and nobody to label further states")
+            preset = preset | {"aggregation_episodes": 0}
+            usual = settings_module.TASKS[task]
+            if "exploring_tasks" in usual:  # the same share of the user's tasks
+                preset["exploring_tasks"] = round(usual["exploring_tasks"] * len(demos[0]) / usual["training_tasks"])
         for name in ("task", "seed", "experts", "reward"):
             if name in changed:
                 raise UserError(f"--set {name}: use --{name}")
@@ -153,7 +173,8 @@ def train(options):
         for seed in seeds:
             settings = dataclasses.replace(chosen[task], seed=seed)
             kind = {"local": "_local", "demonstrations": "_demos"}.get(settings.experts, "")
-            kind += ("_sparse" if options.reward == "sparse" else "") + ("_quick" if options.quick else "")
+            usual = settings_module.TASKS[task].get("reward", "dense")
+            kind += (f"_{settings.reward}" if settings.reward != usual else "") + ("_quick" if options.quick else "")
             out = options.out or Path("runs") / task / "gmps" / f"seed{seed}{kind}"
             if options.out and several:
                 out = options.out / task / f"seed{seed}"
@@ -197,9 +218,7 @@ def evaluate(options):
     if settings.experts == "scripted":
         experts = family.expert
     out = options.out or options.evaluate / "evaluation"
-    if (out / "settings.json").exists():
-        raise UserError(f"{out} holds a training run: choose another folder with --out")
-    make_folder(out)
+    open_evaluation(out)
     started = time.perf_counter()
     lists, env_steps, _ = evaluate_policy(family, policy, experts, goals, gradient_steps, rollouts, settings, options.seed,
                                           options.threads, options.device)
@@ -225,7 +244,7 @@ def main(arguments=None):
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("stopped: a run goes on from its last checkpoint by the same command", file=sys.stderr)
         return 130
     return 0
 

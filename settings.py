@@ -26,7 +26,7 @@ class Settings:
     training_tasks: int = within(40, 2, 1000)         # [ours; release: 20]
     held_out_tasks: int = within(20, 1, 1000)
 
-    # Local experts, step 1 (local_policies.py)
+    # Local experts, step 1 (local_policies.py, sac.py)
     expert_iterations: int = within(55, 1, 100_000)   # each: one episode in every environment, then updates
     expert_episodes: int = within(2, 1, 1000)         # environments per training task
     expert_updates: int = within(450, 1, 100_000)     # gradient steps per iteration
@@ -48,7 +48,7 @@ class Settings:
 
     imitation_steps: int = within(600, 1, 1_000_000)  # of the policy without adaptation, where meta-training starts [ours]
 
-    # Policy and inner step (gmps.py)
+    # Policy, rollouts and inner step (policy.py, advantages.py, gmps.py)
     hidden: int = within(100, 1, 4096)                # units in each of two hidden layers [release]
     bias_vector: int = within(4, 1, 1000)             # size of the learned input z [release]
     init_std: float = within(0.5, 1e-3, 10.0)         # of the exploration noise, learned from there [release: 1]
@@ -58,6 +58,7 @@ class Settings:
     noise_correlation: float = within(0.0, 0.0, 0.999)  # of the exploration noise from step to step [ours]
     max_weight: float = within(1e6, 1.0, 1e30)        # of a sample in the inner step: pi / pi_behaviour [ours]
     episodes: int = within(20, 2, 10_000)             # K rollouts per task and inner step [release]
+    inner_every: int = within(1, 1, 1000)             # the inner step takes every so many-th time step of them [ours]
     discount: float = within(0.9, 0.0, 1.0)           # of advantages [ours; release: 0.99]
     advantage_scale: str = one_of("shared", "shared", "task")  # what advantages are divided by [release: each task's]
     gae_lambda: float = within(0.8, 0.0, 1.0)         # [ours; release: 1]

@@ -68,6 +68,16 @@ def test_batch_of_the_inner_step(collected):
     assert given == 7.0 and torch.allclose(other["advantage"] * 7.0, batch["advantage"] * scale, rtol=1e-4, atol=1e-5)
 
 
+def test_inner_step_takes_every_so_many_th_time_step(collected):
+    """Rows 0, 3, 6 .. of every episode, their advantages from the whole episodes."""
+    tasks, _, phi, episodes, batch, scale = collected
+    thinned, same = advantages.policy_gradient_batch(episodes, phi, PUSH, dataclasses.replace(TINY, inner_every=3))
+    assert same == scale and thinned["advantage"].shape == (2, 3 * 17)
+    for name, value in thinned.items():
+        expected = batch[name].unflatten(1, (3, 50))[:, :, ::3].flatten(1, 2)
+        assert torch.allclose(value, expected, rtol=0, atol=1e-6), name
+
+
 def trajectories(n=2, K=4, T=30, seed=0):
     rng = np.random.default_rng(seed)
     observation = rng.normal(size=(n, K, T, 6)).cumsum(2) * 0.2

@@ -111,8 +111,23 @@ def test_expert_is_continuous(opened):
     assert (change / np.linalg.norm(moved - states, axis=-1)).max() < 1000
 
 
-def test_door_stays_where_it_is_let_go_and_moves_only_by_its_handle():
-    """Without a hand at the handle it does not move; nothing tunnels: with the hand driven at it, it stays shut."""
+def test_door_stays_where_it_is_let_go():
+    """The hinge's damper against the door's inertia, 2 kg and 0.4 m: turning at 1 rad/s it stops within J / damping rad."""
+    env = BatchEnv(1, DOOR, 1)
+    env.reset(options={"task": [0.5]})
+    joint, inertia = env.model.joint("hinge"), DOOR.door_mass * 0.4 ** 2 / 3
+    positions = 1 + env.model.nq
+    env.state[:, 1 + joint.qposadr[0]], env.state[:, positions + joint.dofadr[0]] = 0.5, 1.0
+    angles = []
+    for _ in range(20):
+        env.step(np.zeros((1, 3)))
+        angles.append(env.state[0, 1 + joint.qposadr[0]])
+    assert 0.5 < angles[0] < 0.5 + 4 * inertia / 100, "gone a little further (the handle adds inertia)"
+    assert np.ptp(angles[1:]) < 1e-3, "and then it stays"
+
+
+def test_door_moves_only_by_its_handle():
+    """Nothing tunnels: with the hand driven at it from outside, it stays shut."""
     env = BatchEnv(1, DOOR, 1)
     actions = np.zeros((DOOR.horizon, 1, 3))
     actions[:, :, 1], actions[:20, :, 2], actions[:10, :, 0] = 1, 1, -1  # at handle's height, into the bar
@@ -128,6 +143,18 @@ def test_policy_from_scratch_finds_no_reward_and_takes_no_step():
     result = gmps.evaluate(DOOR, theta, gmps.init_step_sizes(theta, settings), [None], tasks, 1, settings, 0, 1)
     assert (result["sampled"]["return"] == 0).all()
     assert all(torch.equal(result["path"][1][name], result["path"][0][name]) for name in theta)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init_std", [0.5, 1.0])
+@pytest.mark.parametrize("step_size", [0.3, 3.0])
+def test_policy_gradient_from_scratch_does_not_learn(init_std, step_size):
+    """README's claim: 4 angles, 20 gradient steps of 20 rollouts each, and never a reward."""
+    settings = Settings(task="door", episodes=20, init_std=init_std, init_step_size=step_size)
+    theta = policy.init_policy(DOOR, settings, torch.Generator().manual_seed(0))
+    result = gmps.evaluate(DOOR, theta, gmps.init_step_sizes(theta, settings), [None], task_set(DOOR, "validation", 4), 20,
+                           settings, 0)
+    assert (result["sampled"]["return"] == 0).all() and (result["mean"]["return"] == 0).all()
 
 
 def test_bits_depend_neither_on_threads_nor_on_batch():

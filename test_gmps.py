@@ -507,6 +507,27 @@ def test_pre_update_policy_may_imitate_other_tasks():
     assert (other - loss).item() == pytest.approx(0.3 * (expected - info["imitation_0"]).item(), rel=1e-4)
 
 
+def test_exploring_tasks_are_the_last_ones():
+    """`imitate(last=...)` and phi_0's own loss in meta-training ask for demonstrations of the last tasks alone."""
+    class Watched(gmps.Demonstrations):
+        asked = []
+
+        def sample(self, family, generator, tasks, count, device="cpu"):
+            self.asked.append((tuple(sorted(tasks)), count))
+            return super().sample(family, generator, tasks, count, device)
+
+    settings = dataclasses.replace(TINY, exploring_tasks=2, collections=1, meta_steps=3, meta_batch=4, inner_steps=1,
+                                   imitation_steps=2, aggregation_episodes=0)
+    tasks, rng = task_set(PUSH, "train", 5), np.random.default_rng(0)
+    demonstrations = Watched(rng.normal(size=(5, 8, 6)), rng.uniform(-1, 1, (5, 8, 3)))
+    theta = gmps.imitate(PUSH, demonstrations, settings, last=2)
+    assert Watched.asked == [((3, 4), 40)] * 2, "as many labels as imitating all five takes"
+    Watched.asked.clear()
+    list(gmps.meta_train(BatchEnv(10), tasks, demonstrations, None, theta, settings))
+    assert [tasks for tasks, _ in Watched.asked[1::2]] == [(3, 4)] * 3
+    assert [len(tasks) for tasks, _ in Watched.asked[::2]] == [4] * 3
+
+
 def test_later_steps_are_smaller_and_may_leave_out_negative_step_sizes(monkeypatch):
     """One trained step, then 0.5, 0.25, floor 0.2, 0.2 of alpha, and of its positive part where asked to."""
     used = []

@@ -226,7 +226,7 @@ def test_demonstrations_are_visited_states_with_clean_labels():
 
 def test_demonstrations_file_round_trip(tmp_path):
     rng = np.random.default_rng(0)
-    tasks, observations, actions = rng.normal(size=(2, 2)), rng.normal(size=(2, 7, 6)), rng.normal(size=(2, 7, 3))
+    tasks, observations, actions = rng.normal(size=(2, 2)), rng.normal(size=(2, 7, 6)), rng.uniform(-1, 1, (2, 7, 3))
     local_policies.save_demonstrations(tmp_path / "d.npz", tasks, (observations, actions), 150)
     loaded = local_policies.load_demonstrations(tmp_path / "d.npz", PUSH)
     assert np.array_equal(loaded[0], tasks) and loaded[2] == 150

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import torch
 import files
 import gmps
 import phases
+import pictures
 import policy
 import run
 import settings as settings_module
@@ -88,19 +90,21 @@ def test_environment_steps_are_counted_exactly(finished):
 
 
 def test_results_of_a_run_are_those_of_its_policy_file(finished):
-    """The mean-action return before adaptation, recomputed from policy.pt by a rollout of our own."""
-    theta = torch.load(finished / "policy.pt", weights_only=True)["theta"]
-    phi = {name: value.double() for name, value in policy.per_task(theta, 2).items()}
+    """Mean actions before adaptation and of the policy without it, recomputed from policy.pt by rollouts of our own."""
+    content, result = torch.load(finished / "policy.pt", weights_only=True), result_of(finished)
+    assert not torch.equal(content["theta"]["w1"], content["no_adaptation"]["w1"])
+    for params, entries in ((content["theta"], [entry for entry in result["held_out"] if entry["gradient_steps"] == 0]),
+                            (content["no_adaptation"], result["no_adaptation"])):
+        phi = {name: value.double() for name, value in policy.per_task(params, 2).items()}
 
-    def act(observation):
-        x = torch.as_tensor((observation - PUSH.observation_centre) / 0.1)
-        return torch.stack([torch.as_tensor(reference_forward({k: v[i].numpy() for k, v in phi.items()},
-                                                              x[i:i + 1].numpy())[0][0]) for i in range(2)]).numpy()
+        def act(observation, phi=phi):
+            x = torch.as_tensor((observation - PUSH.observation_centre) / 0.1)
+            return torch.stack([torch.as_tensor(reference_forward({k: v[i].numpy() for k, v in phi.items()},
+                                                                  x[i:i + 1].numpy())[0][0]) for i in range(2)]).numpy()
 
-    episodes = rollout(BatchEnv(2), act, task_set(PUSH, "held_out", 2))
-    entries = [entry for entry in result_of(finished)["held_out"] if entry["gradient_steps"] == 0]
-    assert np.allclose([entry["return"] for entry in entries], episodes["rewards"].sum(1), rtol=1e-3, atol=1e-3)
-    assert np.allclose([entry["final_distance"] for entry in entries], episodes["distances"][:, -1], atol=1e-4)
+        episodes = rollout(BatchEnv(2), act, task_set(PUSH, "held_out", 2))
+        assert np.allclose([entry["return"] for entry in entries], episodes["rewards"].sum(1), rtol=1e-3, atol=1e-3)
+        assert np.allclose([entry["final_distance"] for entry in entries], episodes["distances"][:, -1], atol=1e-4)
 
 
 def test_demonstrations_of_a_run_belong_to_its_training_tasks(finished):
@@ -148,6 +152,18 @@ def test_evaluation_of_given_goals(finished, tmp_path):
     assert [(r["gradient_steps"], r["task"]) for r in one["held_out"]] == expected
     assert one["env_steps"]["evaluation"] == 50 * 3 * ((4 + 1) * 3 + 1 + 1)
     assert one["env_steps"]["experts"] == result_of(finished)["env_steps"]["experts"]
+
+
+def test_evaluation_overwrites_evaluations_alone(finished, tmp_path, capsys):
+    """A training run's result.json stays, with its settings.json beside it or without."""
+    out, arguments = tmp_path / "out", ("--evaluate", finished, "--gradient-steps", 0, "--rollouts", 2, "--threads", 1)
+    out.mkdir()
+    shutil.copy(finished / "result.json", out)
+    before = (out / "result.json").read_bytes()
+    assert "training run" in refused(capsys, *map(str, arguments), "--out", str(out))
+    assert (out / "result.json").read_bytes() == before
+    for _ in range(2):
+        assert start(*arguments, "--out", tmp_path / "other") == 0
 
 
 def test_many_goals_are_evaluated_as_few(finished, tmp_path):
@@ -333,7 +349,7 @@ def test_other_tasks_run_from_start_to_end(tmp_path, task):
 def test_run_from_the_users_demonstrations_asks_no_expert(finished, tmp_path, capsys):
     """--demos: no experts' steps, no aggregation; a folder goes on with its own demonstrations only."""
     demos, out = finished / "demonstrations.npz", tmp_path / "out"
-    arguments = [argument for argument in ARGUMENTS if "training_tasks" not in argument]
+    arguments = [argument for argument in ARGUMENTS if "training_tasks" not in argument and "aggregation" not in argument]
     assert start(*arguments, "--demos", demos, "--out", out) == 0
     result = result_of(out)
     assert result["env_steps"]["experts"] == 0 and result["wall_seconds"]["experts"] == 0
@@ -342,16 +358,36 @@ def test_run_from_the_users_demonstrations_asks_no_expert(finished, tmp_path, ca
     with np.load(demos) as data:
         np.savez(tmp_path / "other.npz", **(dict(data) | {"actions": 0.5 * data["actions"]}))
     (out / "policy.pt").unlink()
+    for name in ("training_tasks=9", "aggregation_episodes=2"):
+        assert "--demos" in refused(capsys, "--demos", demos, "--set", name)
     assert "other demonstrations" in refused(capsys, *arguments, "--demos", tmp_path / "other.npz", "--out", out)
     assert start(*arguments, "--demos", demos, "--out", out) == 0
     assert {**result_of(out), "wall_seconds": 0} == {**result, "wall_seconds": 0}
+
+
+def test_users_demonstrations_are_sorted_by_task(tmp_path, monkeypatch):
+    """settings.exploring_tasks counts from the last, so the door's widest angles must come last; their share is kept."""
+    rng, runs = np.random.default_rng(0), []
+    demos = dict(tasks=np.array([[0.9], [0.1], [0.5], [0.3]]), observations=rng.normal(size=(4, 5, 6)),
+                 actions=rng.uniform(-1, 1, (4, 5, 3)))
+    np.savez(tmp_path / "demos.npz", **demos)
+    monkeypatch.setattr(run, "train_one", runs.append)
+    assert run.main(["--task", "door", "--demos", str(tmp_path / "demos.npz"), "--out", str(tmp_path / "out")]) == 0
+    tasks, (observations, actions) = runs[0].demos
+    assert tasks[:, 0].tolist() == [0.1, 0.3, 0.5, 0.9]
+    for given, taken in ((demos["observations"], observations), (demos["actions"], actions)):
+        assert np.array_equal(taken, given[[1, 3, 2, 0]])
+    assert runs[0].settings.exploring_tasks == round(4 * 14 / 24)
 
 
 @pytest.mark.parametrize("content, word", [
     (b"", "npz"), (b"PK\x03\x04 and no more", "npz"), (None, "no demonstrations file"),
     ({"tasks": np.zeros((2, 2)), "observations": np.zeros((2, 5, 6))}, "actions"),
     ({"tasks": np.full((2, 2), 9.0), "observations": np.zeros((2, 5, 6)), "actions": np.zeros((2, 5, 3))}, "out of range"),
-    ({"tasks": np.zeros((2, 1)), "observations": np.zeros((2, 5, 6)), "actions": np.zeros((2, 5, 3))}, "does not fit")])
+    ({"tasks": np.zeros((2, 1)), "observations": np.zeros((2, 5, 6)), "actions": np.zeros((2, 5, 3))}, "tasks have"),
+    ({"tasks": np.zeros((2, 2)), "observations": np.zeros((2, 0, 6)), "actions": np.zeros((2, 0, 3))}, "at least 1"),
+    ({"tasks": np.zeros((2, 2)), "observations": np.zeros((2, 5, 6)), "actions": np.full((2, 5, 3), 9.0)}, "clip them"),
+    (b"phase,iteration\n", "npz file, and whole")])
 def test_bad_demonstrations_file_is_refused_in_one_line(tmp_path, capsys, content, word):
     path = tmp_path / "demos.npz"
     if isinstance(content, dict):
@@ -403,6 +439,14 @@ def test_extrapolation_writes_its_figure_and_every_band(tmp_path):
     assert (out / "evaluation" / "extrapolation.png").stat().st_size > 10_000
     goals = np.concatenate([goals for _, goals in AntGoal().bands()])
     assert np.allclose([entry["task"] for entry in result["held_out"] if entry["gradient_steps"] == 1], goals)
+
+
+def test_band_means_are_those_of_the_bands_own_goals():
+    """Six goals a band in the order of `bands`, told apart by the values they are given."""
+    lists = {"held_out": [{"gradient_steps": k, "return": 100 * k + goal} for k in (0, 1) for goal in range(24)]}
+    means = pictures.band_means(AntGoal(), lists, "return")
+    assert [label for label, _ in means] == [label for label, _ in AntGoal().bands()]
+    assert [values for _, values in means] == [[6 * band + 2.5, 6 * band + 102.5] for band in range(4)]
 
 
 # ---------------------------------------------------------------- README

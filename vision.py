@@ -16,7 +16,7 @@ from sawyer import SawyerPush
 CAMERA_POSE = 'pos="0 1.3 0.5" euler="-0.78 0 3.14159"'  # in front of the robot, looking back and down [release]
 PICTURE = 84              # pixels a side of the release's picture, with MuJoCo's default field of view
 FIELD_OF_VIEW = math.radians(45)
-CROP_TOP, CROP_LEFT = 10, 10  # its kept part shows the table from y = 0.37 to 0.98 m, and 19 cm to each side of the start
+CROP_TOP, CROP_LEFT = 10, 10  # kept: the table from y = 0.35 to 0.95 m, x within 0.28 m at the start and 0.2 m at the end
 
 
 class SawyerPushVision(SawyerPush):
@@ -49,14 +49,18 @@ class SawyerPushVision(SawyerPush):
         return sensors[:, :3].copy()
 
 
+class NoOpenGL(RuntimeError):
+    """No library to render with; the message is one line that says what to install."""
+
+
 @contextlib.contextmanager
 def opengl():
-    """Whatever goes wrong inside for want of a GL library becomes a RuntimeError with one line that says what to install."""
+    """Whatever goes wrong inside for want of a GL library becomes NoOpenGL."""
     try:
         with warnings.catch_warnings(action="ignore"):  # GLFW, MuJoCo's last resort, warns before it fails
             yield
     except Exception as error:  # each GL binding fails with an exception type of its own
-        raise RuntimeError("no OpenGL for offscreen rendering: install EGL (libegl1) or OSMesa (libosmesa6) "
+        raise NoOpenGL("no OpenGL for offscreen rendering: install EGL (libegl1) or OSMesa (libosmesa6) "
                            "and set MUJOCO_GL=egl or MUJOCO_GL=osmesa") from error
 
 
@@ -99,7 +103,7 @@ class Camera:
             mujoco.mjv_updateScene(model, data, self.options, self.perturbation, self.view, everything, scene)
             mujoco.mjr_render(rectangle, scene, self.context)
             mujoco.mjr_readPixels(image, None, rectangle, self.context)
-        return out[:, ::-1]  # GL counts rows from below
+        return out[:, ::-1].copy()  # GL counts rows from below
 
     def close(self):
         self.gl.make_current()
