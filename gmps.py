@@ -317,7 +317,7 @@ def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed
     "sampled": ..} of {"return", "distance"} arrays (gradient_steps + 1, n), for the mean action (one episode: simulator
     and policy are deterministic) and averaged over the sampled rollouts; "path", the adapted parameters after each
     step; and "env_steps". Steps past those meta-trained use the last step's advantage scale and step sizes, these times
-    settings.later_steps for each further step, and at least settings.later_floor. With settings.later_alpha "positive" they
+    settings.later_start and, for each further step, settings.later_steps, and at least settings.later_floor. With settings.later_alpha "positive" they
     leave out negative step sizes [ours]: about half of alpha is negative, a map learned for the first steps and the
     training tasks' range, and only without it is a further step sure to climb the reward.
     """
@@ -337,7 +337,7 @@ def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed
         if k < gradient_steps:
             batch, _ = policy_gradient_batch(episodes, phi, family, settings, scales[min(k, len(scales) - 1)])
             past = max(0, k + 1 - len(scales))  # as many scales as meta-trained steps
-            shrink = max(settings.later_steps ** past, settings.later_floor) if past else 1.0
+            shrink = max(settings.later_start * settings.later_steps ** past, settings.later_floor) if past else 1.0
             step_size = {name: shrink * value for name, value in of_step(alpha, k).items()}
             if past and settings.later_alpha == "positive":
                 step_size = {name: value.clamp(min=0) for name, value in step_size.items()}

@@ -71,6 +71,7 @@ class Settings:
     # Each step past those meta-trained is this fraction of the one before: nothing has taught alpha how far to go there,
     # and on push full steps undo what the first ones gained [ours]
     later_steps: float = within(0.25, 0.0, 1.0)
+    later_start: float = within(1.0, 0.0, 1.0)        # times this fraction, all of them
     later_floor: float = within(0.0, 0.0, 1.0)        # and never less than this fraction of the last trained step
     later_alpha: str = one_of("learned", "learned", "positive")  # which step sizes further steps use
     test_episodes: int = within(20, 2, 10_000)        # K at meta-test [release: push 40, ant 50]
@@ -107,7 +108,7 @@ ANT = dict(
     demonstration_episodes=4, imitation_steps=1000,
     discount=0.99, gae_lambda=0.95, noise_correlation=0.9, max_weight=2.0, init_std=0.4, min_std=0.3, episodes=24,
     inner_every=4, test_episodes=50, later_steps=0.95, later_alpha="positive", collections=8, meta_batch=10, meta_steps=150,
-    imitation_batch=800, init_step_size=0.02, step_size_learning_rate=6e-3)
+    imitation_batch=800, pre_update_imitation=1.0, init_step_size=0.02, step_size_learning_rate=6e-3)
 # Push from images: rendering takes most of the time, so there are fewer goals and one inner step, and more meta-steps
 # on each collection. Meta-training knows the demonstrations alone: nobody labels further states.
 VISION = dict(training_tasks=24, imitation_batch=50, collections=10, meta_steps=50, inner_steps=1, aggregation_episodes=0)

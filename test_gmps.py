@@ -529,17 +529,18 @@ def test_exploring_tasks_are_the_last_ones():
 
 
 def test_later_steps_are_smaller_and_may_leave_out_negative_step_sizes(monkeypatch):
-    """One trained step, then 0.5, 0.25, floor 0.2, 0.2 of alpha, and of its positive part where asked to."""
+    """One trained step, then 0.8 x 0.5, 0.8 x 0.25, floor 0.15, 0.15 of alpha, and of its positive part where asked to."""
     used = []
     monkeypatch.setattr(gmps, "inner_step", lambda phi, alpha, *_, **__: used.append(alpha) or phi)
     for choice in ("learned", "positive"):
-        settings = dataclasses.replace(TINY, inner_steps=1, later_steps=0.5, later_floor=0.2, later_alpha=choice, episodes=2)
+        settings = dataclasses.replace(TINY, inner_steps=1, later_steps=0.5, later_start=0.8, later_floor=0.15,
+                                       later_alpha=choice, episodes=2)
         theta = policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0))
         alpha = {name: torch.linspace(-1, 1, value.numel()).view(value.shape)
                  for name, value in gmps.init_step_sizes(theta, settings).items()}
         used.clear()
         gmps.evaluate(PUSH, theta, alpha, [1.0], PUSH.training_tasks(1), 5, settings, 0, 1)
-        for k, (size, share) in enumerate(zip(used, (1.0, 0.5, 0.25, 0.2, 0.2), strict=True)):
+        for k, (size, share) in enumerate(zip(used, (1.0, 0.4, 0.2, 0.15, 0.15), strict=True)):
             expected = alpha["w2"].clamp(min=0) if k and choice == "positive" else alpha["w2"]
             assert torch.allclose(size["w2"], share * expected)
 
