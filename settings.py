@@ -107,8 +107,8 @@ ANT = dict(
     expert_discount=0.99, expert_return_steps=10, expert_reward_scale=1.0, expert_noise_correlation=0.9,
     demonstration_episodes=4, imitation_steps=1000,
     discount=0.99, gae_lambda=0.95, noise_correlation=0.9, max_weight=2.0, init_std=0.4, min_std=0.3, episodes=24,
-    inner_every=4, test_episodes=50, later_steps=0.95, later_alpha="positive", collections=8, meta_batch=10, meta_steps=150,
-    imitation_batch=800, pre_update_imitation=1.0, init_step_size=0.02, step_size_learning_rate=6e-3)
+    inner_every=4, test_episodes=50, later_steps=1.0, later_start=0.4, later_alpha="positive", collections=8, meta_batch=10,
+    meta_steps=150, imitation_batch=800, pre_update_imitation=1.0, init_step_size=0.02, step_size_learning_rate=6e-3)
 # Push from images: rendering takes most of the time, so there are fewer goals and one inner step, and more meta-steps
 # on each collection. Meta-training knows the demonstrations alone: nobody labels further states.
 VISION = dict(training_tasks=24, imitation_batch=50, collections=10, meta_steps=50, inner_steps=1, aggregation_episodes=0)
