@@ -317,9 +317,9 @@ def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed
     "sampled": ..} of {"return", "distance"} arrays (gradient_steps + 1, n), for the mean action (one episode: simulator
     and policy are deterministic) and averaged over the sampled rollouts; "path", the adapted parameters after each
     step; and "env_steps". Steps past those meta-trained use the last step's advantage scale and step sizes, these times
-    settings.later_start and, for each further step, settings.later_steps, and at least settings.later_floor. With settings.later_alpha "positive" they
-    leave out negative step sizes [ours]: about half of alpha is negative, a map learned for the first steps and the
-    training tasks' range, and only without it is a further step sure to climb the reward.
+    settings.later_start and, for each further step, settings.later_steps, and at least settings.later_floor. With
+    settings.later_alpha "positive" they leave out negative step sizes [ours]: about half of alpha is negative, a map
+    learned for the first steps and the training tasks' range, and only without it is a further step sure to climb.
     """
     n = len(tasks)
     env, mean_env = BatchEnv(n * settings.episodes, family, threads), BatchEnv(n, family, threads)
