@@ -111,7 +111,9 @@ ANT = dict(
     meta_steps=150, imitation_batch=800, pre_update_imitation=1.0, init_step_size=0.02, step_size_learning_rate=6e-3)
 # Push from images: rendering takes most of the time, so there are fewer goals and one inner step, and more meta-steps
 # on each collection. Meta-training knows the demonstrations alone: nobody labels further states.
-VISION = dict(training_tasks=24, imitation_batch=100, collections=12, meta_steps=150, inner_steps=1, aggregation_episodes=0)
+VISION = dict(
+    training_tasks=24, imitation_batch=100, collections=12, meta_steps=150, max_weight=2.0, inner_steps=1,
+    aggregation_episodes=0)
 # The pre-update policy imitates wide angles, so that its rollouts pass most others; rewards grow with the target angle,
 # hence each task's own scale. Meta-training knows the demonstrations alone, half of which head elsewhere.
 DOOR = dict(
