@@ -181,3 +181,32 @@ def test_random_streams_are_distinct_and_repeatable():
     draws = [first(key) for key in keys]
     assert len({a for a, _ in draws}) == len({b for _, b in draws}) == len(keys) == 300
     assert draws == [first(key) for key in keys]
+
+
+def test_advantages_by_each_tasks_own_scale():
+    """Rewards of one task a hundred times the other's: the same advantages. Rewards of 0: none, and nothing is 0 / 0."""
+    settings = dataclasses.replace(TINY, advantage_scale="task")
+    env = BatchEnv(6)
+    tasks = np.repeat(task_set(PUSH, "train", 1), 3, axis=0)
+    phi = policy.per_task(policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 3)
+    episodes = policy.collect(env, tasks, phi, settings, torch.Generator().manual_seed(2))
+    for name in episodes:
+        episodes[name] = np.concatenate([episodes[name][:2], episodes[name][:2], episodes[name][:2]])
+    episodes["rewards"] = episodes["rewards"] * np.array([1.0, 1.0, 100.0, 100.0, 0.0, 0.0])[:, None]
+    batch, scale = advantages.policy_gradient_batch(episodes, phi, PUSH, settings)
+    one, other, nothing = batch["advantage"]
+    assert one.square().mean().sqrt().item() * scale == pytest.approx(1.0, rel=1e-4)
+    assert torch.allclose(one, other, rtol=1e-3, atol=1e-4) and not nothing.any()
+
+
+def test_noise_of_a_collection_lasts_where_it_is_asked_to():
+    """Actions minus their mean, over std: correlation 0.9 from step to step, 0 by default; variance 1 either way."""
+    for correlation in (0.0, 0.9):
+        settings = dataclasses.replace(TINY, noise_correlation=correlation)
+        phi = policy.per_task(policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 1)
+        episodes = policy.collect(BatchEnv(100), PUSH.training_tasks(1), phi, settings, torch.Generator().manual_seed(3))
+        mean = policy.policy_mean(phi, policy.scaled(PUSH, episodes["observations"][:, :-1].reshape(1, -1, 6)))
+        noise = (episodes["actions"] - mean.view(100, 50, 3).numpy()) / policy.policy_std(phi, settings).numpy()
+        # 15,000 numbers, a tenth as many independent ones where they last: five standard errors
+        assert noise.var() == pytest.approx(1.0, abs=0.2 if correlation else 0.06)
+        assert (noise[:, 1:] * noise[:, :-1]).mean() == pytest.approx(correlation, abs=0.2 if correlation else 0.06)
