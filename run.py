@@ -45,7 +45,7 @@ from phases import (
     print_bands,
 )
 from pictures import draw_extrapolation
-from vision import Camera
+from vision import Camera, NoOpenGL
 
 
 class Parser(argparse.ArgumentParser):
@@ -154,7 +154,7 @@ def check_camera(family):
     if family.image_shape:
         try:
             Camera(family).close()
-        except RuntimeError as error:
+        except NoOpenGL as error:
             raise UserError(str(error)) from None
 
 
@@ -173,8 +173,8 @@ def train(options):
         for seed in seeds:
             settings = dataclasses.replace(chosen[task], seed=seed)
             kind = {"local": "_local", "demonstrations": "_demos"}.get(settings.experts, "")
-            usual = settings_module.TASKS[task].get("reward", "dense")
-            kind += (f"_{settings.reward}" if settings.reward != usual else "") + ("_quick" if options.quick else "")
+            kind += f"_{settings.reward}" if settings.reward != FAMILIES[task].rewards[0] else ""
+            kind += "_quick" if options.quick else ""
             out = options.out or Path("runs") / task / "gmps" / f"seed{seed}{kind}"
             if options.out and several:
                 out = options.out / task / f"seed{seed}"

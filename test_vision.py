@@ -26,7 +26,7 @@ TINY = Settings(task="push-vision", training_tasks=2, demonstration_episodes=2, 
 def gl_works():
     try:
         vision.Camera(VISION).close()
-    except RuntimeError:
+    except vision.NoOpenGL:
         return False
     return True
 

@@ -61,7 +61,7 @@ def opengl():
             yield
     except Exception as error:  # each GL binding fails with an exception type of its own
         raise NoOpenGL("no OpenGL for offscreen rendering: install EGL (libegl1) or OSMesa (libosmesa6) "
-                           "and set MUJOCO_GL=egl or MUJOCO_GL=osmesa") from error
+                       "and set MUJOCO_GL=egl or MUJOCO_GL=osmesa") from error
 
 
 class Camera:
