@@ -128,11 +128,13 @@ class AntGoal:
         Of gym's contact cost: every body's contact force and torque about the ant's centre of mass, clipped to [-1, 1]
         (MuJoCo's cfrc_ext), here from contact sensors; as in gym, those of the state before the step.
         """
-        com, contact = sensors[:, None, :3], sensors[:, 3:].reshape(len(sensors), -1, 9)
-        force, torque, position = contact[..., :3], contact[..., 3:6], contact[..., 6:]
-        torque = torque + np.cross(position - com, force)
-        squares = np.clip(force, -1, 1) ** 2 + np.clip(torque, -1, 1) ** 2
-        return np.concatenate([state[:, 1:3], squares.sum((1, 2))[:, None]], axis=1)
+        contact = sensors[:, 3:].reshape(len(sensors), -1, 9)
+        which, body = np.nonzero(contact[..., 2])  # few bodies touch the ground at a time, and it pushes upwards
+        touching = contact[which, body]
+        force, torque, position = touching[:, :3], touching[:, 3:6], touching[:, 6:]
+        torque = torque + np.cross(position - sensors[which, :3], force)
+        squares = np.square(np.clip(np.concatenate([force, torque], axis=1), -1, 1)).sum(1)
+        return np.concatenate([state[:, 1:3], np.bincount(which, squares, len(state))[:, None]], axis=1)
 
     def next_control(self, control, action):
         """Motor signals (B, 8): the action (B, 8) itself, already clipped to [-1, 1]."""

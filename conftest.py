@@ -1,11 +1,14 @@
-"""What the tests share: small helpers, and a quiet folder for each test."""
+"""What the tests share: small helpers, a tiny run from start to end, and a quiet folder for each test."""
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import phases
+import run
 from envs import SawyerPush
 from settings import Settings
 
@@ -95,3 +98,38 @@ def reference_forward(phi, observation):
     h1 = np.maximum(x @ phi["w1"] + phi["b1"], 0)
     h2 = np.maximum(h1 @ phi["w2"] + phi["b2"], 0)
     return h2 @ phi["w3"] + phi["b3"], (x, h1, h2)
+
+
+# ---------------------------------------------------------------- tiny runs of the whole command
+BUDGET = dict(training_tasks=2, held_out_tasks=2, expert_iterations=8, expert_updates=2, expert_episodes=2,
+              expert_width=8, expert_batch=16, demonstration_episodes=3, imitation_steps=3, hidden=8, episodes=3,
+              collections=3, meta_steps=2, inner_steps=2, aggregation_episodes=1, imitation_batch=10, test_episodes=3)
+ARGUMENTS = ["--quick", "--threads", "1", *(f"--set={name}={value}" for name, value in BUDGET.items())]
+
+
+def start(*arguments):
+    """`run.main` in this process, without the pictures' seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phases, "draw_video", lambda *_: None)
+        return run.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a tiny run from start to end."""
+    out = tmp_path_factory.mktemp("run") / "finished"
+    assert start(*ARGUMENTS, "--out", out) == 0
+    return out
+
+
+def result_of(out):
+    return json.loads((out / "result.json").read_text())
+
+
+def refused(capsys, *arguments):
+    """The one line on stderr of a command that must fail with exit code 2."""
+    capsys.readouterr()
+    assert start(*arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
