@@ -115,11 +115,12 @@ VISION = dict(
     training_tasks=24, imitation_batch=100, collections=12, meta_steps=150, max_weight=2.0, inner_steps=1,
     aggregation_episodes=0)
 # The pre-update policy imitates wide angles, so that its rollouts pass most others; rewards grow with the target angle,
-# hence each task's own scale. Meta-training knows the demonstrations alone, half of which head elsewhere.
+# hence each task's own scale. The first step goes far, further ones correct it: each has its own step sizes. Meta-training
+# knows the demonstrations alone, half of which head elsewhere.
 DOOR = dict(
     reward="sparse", experts="scripted", training_tasks=24, demonstration_episodes=12, demonstration_detours=6,
     exploring_tasks=14, pre_update_imitation=1.0, advantage_scale="task", init_std=0.45, aggregation_episodes=0,
-    collections=20, meta_batch=12)
+    collections=20, meta_batch=12, step_sizes="per step", max_weight=2.0)
 TASKS = {"push": {}, "ant": ANT, "door": DOOR, "push-vision": VISION}
 
 # `--experts local`: one small learner for each of the release's number of training goals
