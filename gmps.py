@@ -41,8 +41,8 @@ def of_step(alpha, k):
 def inner_loss(phi, batch, settings):
     """(n,): - mean_t log pi_phi(a_t|s_t) w_t A_t, with w_t = stopgrad(pi_phi) / pi_behaviour (paper's step 3b).
 
-    At the first meta-step pi_phi is the behaviour policy, and w is exactly 1. `max_weight` bounds it later on [ours]: with
-    the ant's eight action dimensions single samples would outweigh all others.
+    At the first meta-step pi_phi is the behaviour policy, and w is exactly 1. `max_weight` bounds it later on [ours]:
+    single samples would outweigh all others, first of all with the ant's eight action dimensions.
     """
     log_probability = log_prob(phi, batch["observation"], batch["action"], settings)
     weight = ((log_probability.detach() - batch["log_prob"]) * batch["mask"]).exp()  # padding cannot overflow

@@ -84,7 +84,8 @@ class ReferenceMetaLoss:
                     weights.append(np.exp(reference_log_prob(phi, batch) - batch["log_prob"]))
                 weight = weights[-1] if self.weights is None else self.weights[i * len(self.batches[i]) + k]
                 gradient = reference_inner_gradient(phi, batch, weight)
-                phi = {name: value - alpha[name] * gradient[name] for name, value in phi.items()}
+                own = {name: value[k] if value.ndim == 3 else value for name, value in alpha.items()}
+                phi = {name: value - own[name] * gradient[name] for name, value in phi.items()}
                 path.append(phi)
             observation, action = self.demonstration[i]
             means = [reference_forward(phi, observation)[0] for phi in path]
@@ -95,10 +96,12 @@ class ReferenceMetaLoss:
         return total / self.n
 
 
-@pytest.mark.parametrize("inner_steps", [1, 2, 3])
-def test_meta_gradient_against_finite_differences(inner_steps):
+@pytest.mark.parametrize("inner_steps, step_sizes", [(1, "shared"), (2, "shared"), (3, "shared"), (3, "per step")])
+def test_meta_gradient_against_finite_differences(inner_steps, step_sizes):
     """Every element of theta and alpha, relative error per tensor at most 1e-6, w != 1, through 1 to 3 inner steps."""
     theta, alpha, batches, demonstration = meta_problem(inner_steps)
+    if step_sizes == "per step":
+        alpha = {name: torch.stack([value, 0.5 * value, 0.2 * value]) for name, value in alpha.items()}
     reference = ReferenceMetaLoss(theta, alpha, batches, demonstration)
     assert all(np.abs(w - 1).max() > 0.2 for w in reference.weights), "importance weights must matter here"
     assert min(phi["log_std"].min() for path in reference.paths for phi in path) > math.log(TINY.min_std)
