@@ -52,25 +52,33 @@ def advantages(observation, reward, mask, products, settings):
 
 @torch.no_grad()
 def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None):
-    """Batch of the inner step from the episodes that phi collected: all (n, K * T, ...), of every settings.inner_every-th
-    time step: where exploration noise lasts, neighbours say the same.
+    """Batch of the inner step from the episodes that phi collected, and the scale of its advantages.
+
+    A dict of (n, B, ...), B = K * T: "observation" scaled, "action" before the environment clips it, "advantage" and
+    "mask", for a family with images "image", and "log_prob", that of the actions under phi, the behaviour policy. With
+    settings.inner_every > 1 these are of every so many-th time step alone: where exploration noise lasts, neighbours say
+    the same.
 
     Advantages are divided by one constant for all tasks, `advantage_scale` (None: this batch's root mean square):
     dividing by each task's own deviation would blow up the gradient near the goal, where rewards hardly differ. With
-    settings.advantage_scale "task" it is done all the same, where rewards differ in size from task to task.
+    settings.advantage_scale "task" it is done all the same, where rewards differ in size from task to task. A task whose
+    episodes all got the same rewards (a sparse reward that nobody found) has advantages 0: what the baseline leaves of a
+    constant is no signal, and divided by its own size it would look like one.
     """
     n, dtype = len(phi["z"]), phi["z"].dtype
     tensor = lambda x: torch.as_tensor(x, dtype=dtype).to(phi["z"].device).view(n, -1, *x.shape[1:])  # noqa: E731
     observation = scaled(family, episodes["observations"][:, :-1], dtype).to(phi["z"].device)
     observation = observation.view(n, -1, *observation.shape[1:])  # (n, K, T, obs)
     mask = tensor(episodes["mask"])
-    advantage = advantages(observation, tensor(episodes["rewards"]), mask, family.baseline_products, settings)
+    reward = tensor(episodes["rewards"])
+    advantage = advantages(observation, reward, mask, family.baseline_products, settings)
+    advantage *= (reward != reward[:, :1]).any(2).any(1)[:, None, None]
     if settings.advantage_scale == "task":
         advantage_scale, own = 1.0, advantage.square().sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
         advantage = advantage / own.sqrt().clamp(min=1e-6)
     if advantage_scale is None:
         advantage_scale = float((advantage.square().sum() / mask.sum()).sqrt())
-        if advantage_scale < 1e-8:  # a sparse reward that nobody found gives no advantage, and no step: not 0 / 0
+        if advantage_scale < 1e-8:  # nobody found any reward: no advantage and no step, not 0 / 0
             advantage_scale = 1.0
     batch = {"observation": observation, "action": tensor(episodes["actions"]), "advantage": advantage / advantage_scale,
              "mask": mask}

@@ -97,7 +97,7 @@ def meta_loss(theta, alpha, batches, demonstration, settings, exploration=None):
 
     `demonstration`: (observation (n, B, obs), expert action (n, B, act)), and images (n, B, ...) where there are any. The
     loss on phi_0 keeps the pre-update policy at the block: the paper's objective gives it no credit for what its rollouts
-    show. `exploration`, demonstrations of any n tasks, are what phi_0 shall imitate instead.
+    show. `exploration`, demonstrations of any number of tasks, are what phi_0 shall imitate instead.
     """
     observation, expert_action, *image = demonstration
     path = adapt(theta, alpha, batches, settings, len(observation))
@@ -221,7 +221,11 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
 
 
 class MetaLearner:
-    """What meta-training carries from one collection to the next: theta, alpha, Adam, advantage scales, counts."""
+    """What meta-training carries from one collection to the next: theta, alpha, Adam, advantage scales, counts.
+
+    Images: with settings.image_batch 0 the convolutions are fixed, and what they see in an image is worked out once
+    (`fixed_eyes`: demonstrations at the start, rollouts in `batch`); else `see` does it anew in every meta-step.
+    """
 
     def __init__(self, theta, demonstrations, settings, state=None, device="cpu"):
         self.settings, self.demonstrations = settings, demonstrations
@@ -316,8 +320,9 @@ def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed
     `tasks` (n, task); `stream` numbers the random stream of `seed` for the rollouts' noise. Returns {"mean": ..,
     "sampled": ..} of {"return", "distance"} arrays (gradient_steps + 1, n), for the mean action (one episode: simulator
     and policy are deterministic) and averaged over the sampled rollouts; "path", the adapted parameters after each
-    step; and "env_steps". Steps past those meta-trained use the last step's advantage scale and step sizes, these times
-    settings.later_start and, for each further step, settings.later_steps, and at least settings.later_floor. With
+    step; and "env_steps". `scales`: of the advantages, one for each meta-trained step, in units of return (1.0 where each
+    task has its own). Step k past those uses the last one's scale and step sizes, these times
+    max(settings.later_start * settings.later_steps ** k, settings.later_floor). With
     settings.later_alpha "positive" they leave out negative step sizes [ours]: about half of alpha is negative, a map
     learned for the first steps and the training tasks' range, and only without it is a further step sure to climb.
     """

@@ -28,8 +28,7 @@ from policy import collect, one_task, per_task
 
 TABLE_STEPS = (0, 1, 2, 3, 5)  # gradient steps shown in the closing table
 EXPERT_CHECKPOINT_EVERY = 5    # iterations; the checkpoint holds the whole replay
-METRICS = ("phase", "iteration", "env_steps", "return", "distance", "adapted_return", "adapted_distance",
-           "imitation_0", "imitation_1", "imitation_2", "imitation_3", "temperature")
+METRICS = ("phase", "iteration", "env_steps", "return", "distance", "adapted_return", "adapted_distance")  # and more, below
 
 
 # ---------------------------------------------------------------- a run and its phases
@@ -55,7 +54,7 @@ class Run:
         if env_steps is not None:
             self.env_steps[self.phase] = env_steps
         if metrics is not None:
-            self.rows.append({"phase": self.phase} | {key: metrics[key] for key in METRICS if key in metrics})
+            self.rows.append({"phase": self.phase} | {key: metrics[key] for key in self.columns if key in metrics})
 
     def counts(self):
         return {"rows": self.rows, "env_steps": self.env_steps, "wall_seconds": self.wall_seconds}
@@ -69,8 +68,15 @@ class Run:
         save_checkpoint(self.out / name, kind, self.settings, content | self.counts())
         write_atomically(self.out / "metrics.csv", self.write_metrics, "w")
 
+    @property
+    def columns(self):
+        """Of metrics.csv. imitation_k: the last meta-step's imitation loss after k inner steps, over that step's tasks; with
+        settings.exploring_tasks imitation_0 is over those."""
+        losses = [f"imitation_{k}" for k in range(max(3, self.settings.inner_steps) + 1)]
+        return [*METRICS, *losses, "temperature"]
+
     def write_metrics(self, file):
-        writer = csv.DictWriter(file, METRICS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
                          for row in self.rows)

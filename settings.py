@@ -68,16 +68,16 @@ class Settings:
     meta_steps: int = within(25, 1, 10_000)           # outer steps on one collection [release: 300 to 500]
     meta_batch: int = within(20, 1, 1000)             # tasks per meta-step [release: all]
     inner_steps: int = within(3, 1, 10)               # that the outer loss is differentiated through [release: 1]
-    # Each step past those meta-trained is this fraction of the one before: nothing has taught alpha how far to go there,
-    # and on push full steps undo what the first ones gained [ours]
+    # Step k past those meta-trained is the last of these times max(later_start * later_steps ** k, later_floor): nothing has
+    # taught alpha how far to go there, and on push full steps undo what the first ones gained [ours]
     later_steps: float = within(0.25, 0.0, 1.0)
-    later_start: float = within(1.0, 0.0, 1.0)        # times this fraction, all of them
-    later_floor: float = within(0.0, 0.0, 1.0)        # and never less than this fraction of the last trained step
+    later_start: float = within(1.0, 0.0, 1.0)
+    later_floor: float = within(0.0, 0.0, 1.0)
     later_alpha: str = one_of("learned", "learned", "positive")  # which step sizes further steps use
     test_episodes: int = within(20, 2, 10_000)        # K at meta-test [release: push 40, ant 50]
     aggregation_episodes: int = within(2, 0, 1000)    # per task and collection, step 3c; 0: none
     warm_up_steps: int = within(25, 1, 1_000_000)     # meta-steps over which the learning rates rise [ours]
-    imitation_batch: int = within(200, 1, 100_000)    # labelled states per task and meta-step
+    imitation_batch: int = within(200, 1, 100_000)    # labelled states per task and meta-step, or step of imitation
     # Images per task, inner step and meta-step; 0: convolutions stay as imitation left them, and all images count [ours]
     image_batch: int = within(0, 0, 100_000)
     learning_rate: float = within(3e-3, 1e-7, 1.0)    # outer Adam, theta [release: 1e-3]
@@ -110,13 +110,13 @@ ANT = dict(
     inner_every=4, test_episodes=50, later_steps=1.0, later_start=0.4, later_alpha="positive", collections=8, meta_batch=10,
     meta_steps=150, imitation_batch=800, pre_update_imitation=1.0, init_step_size=0.02, step_size_learning_rate=6e-3)
 # Push from images: rendering takes most of the time, so there are fewer goals and one inner step, and more meta-steps
-# on each collection. Meta-training knows the demonstrations alone: nobody labels further states.
+# on each collection. Labels come from the demonstrations alone.
 VISION = dict(
     training_tasks=24, imitation_batch=100, collections=12, meta_steps=150, max_weight=2.0, inner_steps=1,
     aggregation_episodes=0)
 # The pre-update policy imitates wide angles, so that its rollouts pass most others; rewards grow with the target angle,
 # hence each task's own scale. The first inner step goes far and further ones correct it, so each has step sizes of its own
-# (on the ant these fare no better within the arc, and worse outside). Meta-training knows the demonstrations alone, half of
+# (on the ant these fare no better within the arc, and worse outside). Labels come from the demonstrations alone, half of
 # which head elsewhere.
 DOOR = dict(
     reward="sparse", experts="scripted", training_tasks=24, demonstration_episodes=12, demonstration_detours=6,

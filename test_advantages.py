@@ -199,6 +199,19 @@ def test_advantages_by_each_tasks_own_scale():
     assert torch.allclose(one, other, rtol=1e-3, atol=1e-4) and not nothing.any()
 
 
+@pytest.mark.parametrize("scale", ["shared", "task"])
+def test_rewards_that_are_the_same_in_all_episodes_give_no_step(scale):
+    """A sparse reward that nobody found may be any constant; the other task keeps the advantages it has."""
+    settings = dataclasses.replace(TINY, advantage_scale=scale)
+    phi = policy.per_task(policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 2)
+    episodes = policy.collect(BatchEnv(6), task_set(PUSH, "train", 2), phi, settings, torch.Generator().manual_seed(2))
+    known, _ = advantages.policy_gradient_batch(episodes, phi, PUSH, settings, 10.0)
+    assert (known["advantage"].abs().amax(1) > 0.01).all()
+    episodes["rewards"][3:] = 12.5
+    batch, _ = advantages.policy_gradient_batch(episodes, phi, PUSH, settings, 10.0)
+    assert torch.equal(batch["advantage"][0], known["advantage"][0]) and not batch["advantage"][1].any()
+
+
 def test_noise_of_a_collection_lasts_where_it_is_asked_to():
     """Actions minus their mean, over std: correlation 0.9 from step to step, 0 by default; variance 1 either way."""
     for correlation in (0.0, 0.9):
