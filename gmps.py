@@ -26,7 +26,7 @@ def init_step_sizes(theta, settings):
 
     That of log-std is 0 and stays so [ours]: the outer loss sees mean actions only, and left to learn, it lets the
     exploration noise drift up while a policy adapts. The noise itself, theta's log-std, is meta-learned. Convolutions do not
-    adapt [release] and have no step size.
+    adapt [release] and have no step size. All that adapts is a matrix: `of_step` knows the leading axis by it.
     """
     steps = (settings.inner_steps,) if settings.step_sizes == "per step" else ()
     return {name: torch.full_like(value, 0.0 if name == "log_std" else settings.init_step_size).repeat(*steps, 1, 1)

@@ -18,8 +18,9 @@ from sac import SoftActorCritic, policy_mean
 
 # ---------------------------------------------------------------- replay
 class Replay:
-    """Transitions in S streams, one per training task, all of the same length. Arrays (S, capacity, size)."""
-    FIELDS = ("observation", "action", "next_observation", "outcome", "terminated", "end")  # end: of its episode
+    """Transitions in S streams, one per training task, all of the same length. Arrays (S, capacity, size), in the
+    environment's units; `end` is the index in the stream just past the transition's episode."""
+    FIELDS = ("observation", "action", "next_observation", "outcome", "terminated", "end")
 
     def __init__(self, family, tasks, capacity):
         self.family, self.tasks, self.capacity, self.size = family, tasks, capacity, 0
@@ -62,7 +63,8 @@ class Replay:
         The dynamics of all tasks are the same and every training task's reward is known at meta-training, so a
         transition met on one task is as good a sample of another. The contextual learner (N = 1) relabels a share
         `expert_relabelled` of its batch with another training goal, which is also what it sees; a local learner keeps
-        its own task and takes that share of its transitions from everyone's replay.
+        its own task and takes that share of its transitions from everyone's replay. Below, `stream` says whose transition a
+        sample is and `task` whose reward it gets.
 
         A sample spans `expert_return_steps` transitions (fewer at the end of an episode): the reward is their discounted
         sum, `discount` what is left of the value after them.

@@ -178,7 +178,7 @@ def meta_training_phase(run, experts, demonstrations, demonstration_steps):
         else:
             imitation = content["no_adaptation"]
         start, some = imitation, min(settings.exploring_tasks, settings.training_tasks)
-        if some and state is None:
+        if some and state is None:  # (a state brings its own theta)
             start = gmps.imitate(run.family, demonstrations, settings, run.device, some)
         env = run.batch_env(settings.training_tasks * settings.episodes)
         with progress_bar("meta-training", settings.collections, state["collection"] if state else 0) as bar:
