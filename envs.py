@@ -319,8 +319,8 @@ def rollout(env, policy, tasks):
 
     Returns a dict of arrays, B environments by T steps: observations (B, T+1, obs), actions (B, T, act) as the policy gave
     them, before the environment clips, rewards (B, T), distances (B, T), outcomes (B, T, outcome), mask (B, T): 1 until the
-    episode ended, and terminated (B,). After an early end rewards and mask are 0, and distances and outcomes stay at their last value.
-    A family with images adds images (B, T+1, ...) uint8 and states (B, T+1, obs of its experts).
+    episode ended, and terminated (B,). After an early end rewards and mask are 0, and distances and outcomes stay at their
+    last value. A family with images adds images (B, T+1, ...) uint8 and states (B, T+1, obs of its experts).
     """
     observation, _ = env.reset(options={"task": tasks})
     seen = seen_parts(env, observation)
