@@ -73,7 +73,8 @@ def write_json(path, content):
 
 def read_goals(path, family):
     try:
-        goals = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:  # numpy leaves a truncated archive open that it opened itself
+            goals = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"no goals file {path}: save an array of shape (n, {family.task_size}) with numpy.save") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
