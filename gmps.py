@@ -223,9 +223,8 @@ def meta_train(env, tasks, demonstrations, experts, theta, settings, state=None,
 class MetaLearner:
     """What meta-training carries from one collection to the next: theta, alpha, Adam, advantage scales, counts.
 
-    Images: with settings.image_batch 0 the convolutions are fixed, and what they see in an image is worked out once
-    (`fixed_eyes`: demonstrations at the start, rollouts in `batch`); else `see` does it anew in every meta-step.
-    """
+    `fixed_eyes`, settings.image_batch 0: convolutions see each image once, of demonstrations and rollouts; else `see` looks
+    again in every meta-step."""
 
     def __init__(self, theta, demonstrations, settings, state=None, device="cpu"):
         self.settings, self.demonstrations = settings, demonstrations
@@ -253,7 +252,7 @@ class MetaLearner:
         batch, scale = policy_gradient_batch(episodes, phi, family, self.settings, fixed)
         if k == len(self.scales):
             self.scales.append(scale)
-        if self.fixed_eyes:  # convolutions do not change: what they see in a batch serves all its meta-steps
+        if self.fixed_eyes:
             with torch.no_grad():
                 batch = {name: value for name, value in seen(phi, batch).items() if name != "image"}
         return batch
