@@ -40,14 +40,19 @@ def discounted_sum(values, factor):
 
 
 def advantages(observation, reward, mask, products, settings):
-    """Generalised advantage estimates (n, K, T), centred per task."""
+    """Generalised advantage estimates (n, K, T), centred per task.
+
+    A task whose episodes all got the same rewards (a sparse reward that nobody found) has none: what the baseline leaves of
+    a constant is no signal, and divided by its own size it would look like one.
+    """
     returns = discounted_sum(reward * mask, settings.discount)
     value = linear_baseline(observation, returns, mask, products) * mask
     next_value = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], dim=-1)
     delta = reward + settings.discount * next_value - value
     advantage = discounted_sum(delta * mask, settings.discount * settings.gae_lambda)
     mean = (advantage * mask).sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
-    return (advantage - mean) * mask
+    differ = (reward != reward[:, :1]).any(2).any(1)[:, None, None]
+    return (advantage - mean) * mask * differ
 
 
 @torch.no_grad()
@@ -61,18 +66,14 @@ def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None)
 
     Advantages are divided by one constant for all tasks, `advantage_scale` (None: this batch's root mean square):
     dividing by each task's own deviation would blow up the gradient near the goal, where rewards hardly differ. With
-    settings.advantage_scale "task" it is done all the same, where rewards differ in size from task to task. A task whose
-    episodes all got the same rewards (a sparse reward that nobody found) has advantages 0: what the baseline leaves of a
-    constant is no signal, and divided by its own size it would look like one.
+    settings.advantage_scale "task" it is done all the same, where rewards differ in size from task to task.
     """
     n, dtype = len(phi["z"]), phi["z"].dtype
     tensor = lambda x: torch.as_tensor(x, dtype=dtype).to(phi["z"].device).view(n, -1, *x.shape[1:])  # noqa: E731
     observation = scaled(family, episodes["observations"][:, :-1], dtype).to(phi["z"].device)
     observation = observation.view(n, -1, *observation.shape[1:])  # (n, K, T, obs)
     mask = tensor(episodes["mask"])
-    reward = tensor(episodes["rewards"])
-    advantage = advantages(observation, reward, mask, family.baseline_products, settings)
-    advantage *= (reward != reward[:, :1]).any(2).any(1)[:, None, None]
+    advantage = advantages(observation, tensor(episodes["rewards"]), mask, family.baseline_products, settings)
     if settings.advantage_scale == "task":
         advantage_scale, own = 1.0, advantage.square().sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
         advantage = advantage / own.sqrt().clamp(min=1e-6)

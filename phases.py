@@ -28,7 +28,6 @@ from policy import collect, one_task, per_task
 
 TABLE_STEPS = (0, 1, 2, 3, 5)  # gradient steps shown in the closing table
 EXPERT_CHECKPOINT_EVERY = 5    # iterations; the checkpoint holds the whole replay
-METRICS = ("phase", "iteration", "env_steps", "return", "distance", "adapted_return", "adapted_distance")  # and more, below
 
 
 # ---------------------------------------------------------------- a run and its phases
@@ -73,7 +72,8 @@ class Run:
         """Of metrics.csv. imitation_k: the last meta-step's imitation loss after k inner steps, over that step's tasks; with
         settings.exploring_tasks imitation_0 is over those."""
         losses = [f"imitation_{k}" for k in range(max(3, self.settings.inner_steps) + 1)]
-        return [*METRICS, *losses, "temperature"]
+        return ["phase", "iteration", "env_steps", "return", "distance", "adapted_return", "adapted_distance", *losses,
+                "temperature"]
 
     def write_metrics(self, file):
         writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
