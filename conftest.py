@@ -62,7 +62,7 @@ def numpy_mlp(params, learner, x):
     for layer in range(0, len(weights), 2):
         x = x @ weights[layer] + weights[layer + 1][0]
         if layer < len(weights) - 2:
-            x = np.maximum(x, 0)
+            x = np.maximum((x - x.mean()) / np.sqrt(x.var() + 1e-5), 0)
     return x
 
 

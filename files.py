@@ -19,7 +19,7 @@ import settings as settings_module
 from envs import check_tasks
 from local_policies import load_demonstrations
 
-FORMAT = "gmps checkpoint 1"
+FORMAT = "gmps checkpoint 2"
 MODULES = ("advantages", "ant", "door", "envs", "files", "gmps", "local_policies", "phases", "pictures", "policy", "run",
            "sac", "sawyer", "settings", "vision")
 

@@ -32,13 +32,13 @@ EXPERT_CHECKPOINT_EVERY = 5    # iterations; the checkpoint holds the whole repl
 
 # ---------------------------------------------------------------- a run and its phases
 class Run:
-    """Settings, folder, metrics rows, step and time counts of one run; they travel inside every checkpoint."""
+    """Settings, folder, metrics rows, step and time counts and commits of one run; they travel inside every checkpoint."""
 
     def __init__(self, settings, out, device, threads, demos=None):
         self.settings, self.out, self.device, self.threads, self.demos = settings, out, device, threads, demos
         self.family = make_family(settings.task, settings.reward)
         self.training_tasks = task_set(self.family, "train", settings.training_tasks) if demos is None else demos[0]
-        self.rows, self.env_steps, self.wall_seconds = [], {}, {}
+        self.rows, self.env_steps, self.wall_seconds, self.commits = [], {}, {}, {}
         self.phase, self.started = None, None
 
     def batch_env(self, num_envs):
@@ -46,6 +46,9 @@ class Run:
 
     def begin(self, phase):
         self.phase, self.started = phase, time.perf_counter() - self.wall_seconds.get(phase, 0.0)
+        commits, now = self.commits.setdefault(phase, []), commit()
+        if now not in commits[-1:]:  # more than one where a run went on with other code
+            commits.append(now)
 
     def tick(self, env_steps=None, metrics=None):
         """Bring the phase's counts up to date; a row of metrics goes to metrics.csv."""
@@ -56,11 +59,11 @@ class Run:
             self.rows.append({"phase": self.phase} | {key: metrics[key] for key in self.columns if key in metrics})
 
     def counts(self):
-        return {"rows": self.rows, "env_steps": self.env_steps, "wall_seconds": self.wall_seconds}
+        return {"rows": self.rows, "env_steps": self.env_steps, "wall_seconds": self.wall_seconds, "commits": self.commits}
 
     def restore(self, content):
         self.rows, self.env_steps = content["rows"], content["env_steps"]
-        self.wall_seconds = content["wall_seconds"]
+        self.wall_seconds, self.commits = content["wall_seconds"], content.get("commits", {})
 
     def save(self, name, kind, content):
         self.tick()
@@ -200,6 +203,12 @@ def meta_training_phase(run, experts, demonstrations, demonstration_steps):
 
 
 # ---------------------------------------------------------------- evaluation
+def records(family, tasks, returns, distances, **extra):
+    """Entries of result.json, one for each task."""
+    return [{"task": task.tolist(), **extra, "return": float(r), "final_distance": float(d),
+             "success": bool(d <= family.success_distance)} for task, r, d in zip(tasks, returns, distances)]
+
+
 def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, settings, seed, threads, device="cpu"):
     """Adapt to `tasks` and measure. Returns the lists of result.json, env steps, and the adapted parameters of task 0."""
     settings = dataclasses.replace(settings, episodes=rollouts)
@@ -207,10 +216,6 @@ def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, se
                                for key in ("theta", "alpha", "no_adaptation"))
     lists = {"held_out": [], "held_out_sampled": [], "experts_held_out": [], "no_adaptation": []}
     env_steps, path = 0, None
-
-    def records(tasks, returns, distances, **extra):
-        return [{"task": task.tolist(), **extra, "return": float(r), "final_distance": float(d),
-                 "success": bool(d <= family.success_distance)} for task, r, d in zip(tasks, returns, distances)]
 
     chunks = np.array_split(tasks, -(-len(tasks) // 50))  # bounds memory, whatever the number of goals
     with progress_bar("evaluation", len(tasks), 0) as bar:
@@ -220,14 +225,15 @@ def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, se
             path = path or [one_task(phi, 0) for phi in result["path"]]
             for name, kind in (("held_out", "mean"), ("held_out_sampled", "sampled")):
                 for k in range(gradient_steps + 1):
-                    lists[name] += records(chunk, result[kind]["return"][k], result[kind]["distance"][k], gradient_steps=k)
+                    lists[name] += records(family, chunk, result[kind]["return"][k], result[kind]["distance"][k],
+                                           gradient_steps=k)
             env = BatchEnv(len(chunk), family, threads)
             without = collect(env, chunk, per_task(imitation, len(chunk)), settings, None)
             rolled = [("no_adaptation", without)]
             if experts is not None and getattr(experts, "contextual", False):
                 rolled.append(("experts_held_out", run_experts(env, experts, chunk)))
             for name, episodes in rolled:
-                lists[name] += records(chunk, episodes["rewards"].sum(1), episodes["distances"][:, -1])
+                lists[name] += records(family, chunk, episodes["rewards"].sum(1), episodes["distances"][:, -1])
                 env_steps += int(episodes["mask"].sum())
             env.close()
             env_steps += result["env_steps"]
@@ -251,8 +257,9 @@ def closing_table(lists, unit, title="held-out tasks"):
     for name, label in (("held_out", "mean action"), ("held_out_sampled", "sampled actions")):
         lines += [row(f"adapted, {k} step{'s' * (k != 1)}, {label}",
                       [r for r in lists[name] if r["gradient_steps"] == k]) for k in shown]
-    return "\n".join([*lines, row("imitation, no adaptation", lists["no_adaptation"]),
-                      row("experts (told the goal)", lists["experts_held_out"])])
+    levels = {"no_adaptation": "imitation, no adaptation", "experts_held_out": "experts (told the goal)",
+              "experts_training": "experts on the training tasks"}
+    return "\n".join([*lines, *(row(label, lists[name]) for name, label in levels.items() if name in lists)])
 
 
 def print_bands(family, lists):
@@ -270,9 +277,18 @@ def evaluation_phase(run, policy, experts):
     tasks = task_set(run.family, "held_out", settings.held_out_tasks)
     lists, env_steps, path = evaluate_policy(run.family, policy, experts, tasks, max(TABLE_STEPS),
                                              settings.test_episodes, settings, settings.seed, run.threads, run.device)
+    lists["experts_training"] = []
+    if experts is not None:
+        env = run.batch_env(len(run.training_tasks))
+        episodes = run_experts(env, experts, run.training_tasks)
+        env.close()
+        env_steps += int(episodes["mask"].sum())
+        lists["experts_training"] = records(run.family, run.training_tasks, episodes["rewards"].sum(1),
+                                            episodes["distances"][:, -1])
     run.tick(env_steps)
     result = {"task": settings.task, "method": "gmps", "seed": settings.seed, "commit": commit(),
-              "env_steps": run.env_steps, "wall_seconds": run.wall_seconds, "machine": machine(run.threads)} | lists
+              "commits": run.commits, "env_steps": run.env_steps, "wall_seconds": run.wall_seconds,
+              "machine": machine(run.threads)} | lists
     write_json(run.out / "result.json", result)
     print(closing_table(lists, run.family.task_unit))
     counted = ", ".join(f"{name.replace('_', '-')} {steps:,}" for name, steps in run.env_steps.items())

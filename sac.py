@@ -40,11 +40,15 @@ def init_mlp(sizes, learners, generator):
 
 
 def mlp(params, x):
-    """(N, B, in) -> (N, B, out), ReLU between layers."""
+    """(N, B, in) -> (N, B, out); between layers layer normalisation (Ba et al. 2016, no gain, no bias) and ReLU.
+
+    The normalisation is [ours], as in later variants of SAC: it bounds what critics say of actions never tried, and experts
+    need far fewer steps (README, "Deviations").
+    """
     for layer in range(0, len(params), 2):
         x = torch.baddbmm(params[layer + 1], x, params[layer])
         if layer < len(params) - 2:
-            x = x.relu()
+            x = torch.nn.functional.layer_norm(x, x.shape[-1:]).relu()
     return x
 
 

@@ -27,7 +27,7 @@ class Settings:
     held_out_tasks: int = within(20, 1, 1000)
 
     # Local experts, step 1 (local_policies.py, sac.py)
-    expert_iterations: int = within(55, 1, 100_000)   # each: one episode in every environment, then updates
+    expert_iterations: int = within(40, 1, 100_000)   # each: one episode in every environment, then updates
     expert_episodes: int = within(2, 1, 1000)         # environments per training task
     expert_updates: int = within(450, 1, 100_000)     # gradient steps per iteration
     expert_width: int = within(128, 1, 4096)          # units in each of two hidden layers
@@ -103,7 +103,7 @@ class Settings:
 
 # What a task other than push wants otherwise
 ANT = dict(
-    expert_iterations=150, expert_episodes=1, expert_updates=800, expert_width=256, expert_learning_rate=1e-3,
+    expert_iterations=100, expert_episodes=1, expert_updates=800, expert_width=256, expert_learning_rate=1e-3,
     expert_discount=0.99, expert_return_steps=10, expert_reward_scale=1.0, expert_noise_correlation=0.9,
     demonstration_episodes=4, imitation_steps=1000,
     discount=0.99, gae_lambda=0.95, noise_correlation=0.9, max_weight=2.0, init_std=0.4, min_std=0.3, episodes=24,
@@ -112,8 +112,8 @@ ANT = dict(
 # Push from images: rendering takes most of the time, so there are fewer goals and one inner step, and more meta-steps
 # on each collection. Labels come from the demonstrations alone.
 VISION = dict(
-    training_tasks=24, imitation_batch=100, collections=12, meta_steps=150, max_weight=2.0, inner_steps=1,
-    aggregation_episodes=0)
+    training_tasks=24, expert_iterations=55, imitation_batch=100, collections=12, meta_steps=150, max_weight=2.0,
+    inner_steps=1, aggregation_episodes=0)
 # The pre-update policy imitates wide angles, so that its rollouts pass most others; rewards grow with the target angle,
 # hence each task's own scale. The first inner step goes far and further ones correct it, so each has step sizes of its own
 # (on the ant these fare no better within the arc, and worse outside). Labels come from the demonstrations alone, half of

@@ -36,9 +36,10 @@ from settings import Settings
 def test_result_has_the_agreed_keys(finished):
     result = result_of(finished)
     assert {"task", "method", "seed", "commit", "env_steps", "wall_seconds", "held_out", "held_out_sampled",
-            "experts_held_out", "no_adaptation"} <= set(result)
+            "experts_held_out", "experts_training", "no_adaptation"} <= set(result)
     assert (result["task"], result["method"], result["seed"]) == ("push", "gmps", 0)
     assert result["commit"] == "unknown" or len(result["commit"].removesuffix("-dirty")) == 40
+    assert result["commits"] == {phase: [result["commit"]] for phase in ("experts", "meta_training", "evaluation")}
     for key in ("env_steps", "wall_seconds"):
         assert set(result[key]) == {"experts", "meta_training", "evaluation"}
         assert all(value > 0 for value in result[key].values())
@@ -47,12 +48,13 @@ def test_result_has_the_agreed_keys(finished):
     assert steps == list(range(steps[-1] + 1)) and {0, 1, 3} <= set(steps)
     for name in ("held_out", "held_out_sampled"):
         assert [(r["gradient_steps"], r["task"]) for r in result[name]] == [(k, task) for k in steps for task in tasks]
-    for name in ("held_out", "held_out_sampled", "experts_held_out", "no_adaptation"):
+    for name in ("held_out", "held_out_sampled", "experts_held_out", "experts_training", "no_adaptation"):
         for entry in result[name]:
             assert {"task", "return", "final_distance", "success"} <= set(entry)
             assert entry["success"] is (entry["final_distance"] <= 0.05)
     for name in ("experts_held_out", "no_adaptation"):
         assert [entry["task"] for entry in result[name]] == tasks
+    assert [entry["task"] for entry in result["experts_training"]] == task_set(PUSH, "train", 2).tolist()
 
 
 def test_environment_steps_are_counted_exactly(finished):
@@ -60,7 +62,7 @@ def test_environment_steps_are_counted_exactly(finished):
     evaluations = len({record["gradient_steps"] for record in result["held_out"]})
     expected = {"experts": 50 * (2 * 2 * 8 + 2 * 3),  # tasks x episodes x iterations, and 3 demonstrations a task
                 "meta_training": 50 * 2 * 3 * (2 * 3 + 1),  # tasks x collections x (inner x episodes + aggregation)
-                "evaluation": 50 * 2 * ((3 + 1) * evaluations + 1 + 1)}  # sampled, mean; no adaptation; experts
+                "evaluation": 50 * 2 * ((3 + 1) * evaluations + 1 + 2)}  # sampled, mean; no adaptation; experts, twice
     assert result["env_steps"] == expected
 
 
@@ -110,6 +112,23 @@ def test_finished_run_started_again_changes_nothing(finished, tmp_path):
     again = result_of(finished)
     assert {**again, "wall_seconds": 0} == {**result, "wall_seconds": 0}
     assert not list(finished.glob("*partial*")) + list(finished.glob("*.part"))
+
+
+def test_every_phase_names_the_commits_of_its_code(finished, tmp_path, monkeypatch):
+    """A run whose meta-training is repeated with other code says so, as does a phase that went on with it."""
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    before = result_of(out)["commit"]
+    (out / "policy.pt").unlink()
+    monkeypatch.setattr(phases, "commit", lambda: "other code")
+    assert start(*ARGUMENTS, "--out", out) == 0
+    assert result_of(out)["commits"] == {"experts": [before], "meta_training": ["other code"], "evaluation": ["other code"]}
+    gone_on = phases.Run(settings_module.Settings(), out, "cpu", 1)
+    gone_on.restore(gone_on.counts() | {"commits": {"experts": ["first", "second"]}})
+    for now in ("second", "third", "third"):
+        monkeypatch.setattr(phases, "commit", lambda now=now: now)
+        gone_on.begin("experts")
+    assert gone_on.counts()["commits"] == {"experts": ["first", "second", "third"]}
 
 
 def test_evaluation_of_given_goals(finished, tmp_path):
@@ -204,7 +223,7 @@ def test_other_tasks_run_from_start_to_end(tmp_path, task):
     if task == "door":
         assert result["env_steps"]["experts"] == horizon * 2 * 3
         assert result["env_steps"]["meta_training"] == horizon * 2 * 3 * (2 * 3 + 1)
-    assert result["env_steps"]["evaluation"] <= horizon * 2 * ((3 + 1) * 6 + 2), "early ends save steps"
+    assert result["env_steps"]["evaluation"] <= horizon * 2 * ((3 + 1) * 6 + 3), "early ends save steps"
     assert len(result["experts_held_out"]) == 2 and len(result["held_out"][0]["task"]) == {"ant": 2, "door": 1}[task]
 
 
