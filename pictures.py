@@ -32,6 +32,8 @@ def draw_plot(run, lists):
     axes[1].set(title="meta-training, sampled actions, training tasks", xlabel="environment steps",
                 ylabel="return per episode")
     axes[1].legend()
+    for axis in axes[:2]:
+        axis.locator_params(axis="x", nbins=5)  # else long numbers touch
     steps = sorted({record["gradient_steps"] for record in lists["held_out"]})
     for name, label, color in (("held_out", "mean action", "tab:blue"), ("held_out_sampled", "sampled actions", "tab:cyan")):
         values = np.array([[r["final_distance"] for r in lists[name] if r["gradient_steps"] == k] for k in steps])

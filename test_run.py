@@ -1,5 +1,6 @@
 """Tests of whole runs: what they write and count, resuming after kill -9, several at once, the README's line numbers."""
 import io
+import json
 import math
 import os
 import re
@@ -19,6 +20,7 @@ import pictures
 import policy
 import run
 import settings as settings_module
+import tables
 from conftest import (
     ARGUMENTS,
     HERE,
@@ -310,3 +312,14 @@ def test_readme_names_the_right_lines():
     for text, file, number in named:
         lines = (HERE / file).read_text().splitlines()
         assert [index for index, line in enumerate(lines, start=1) if text in line] == [int(number)], (text, file)
+
+
+def test_readme_holds_the_numbers_of_the_results():
+    """README is what `python tables.py` makes of it; a mean and a deviation of the push table by hand."""
+    text = (HERE / "README.md").read_text()
+    assert tables.fill(text) == text
+    results = [json.loads((HERE / "results" / "push" / f"seed{seed}" / "result.json").read_text()) for seed in range(3)]
+    means = [sum(r["final_distance"] for r in result["held_out"] if r["gradient_steps"] == 1) / 20 for result in results]
+    middle = sum(means) / 3
+    deviation = math.sqrt(sum((mean - middle) ** 2 for mean in means) / 2)
+    assert f"{middle:.4f} ± {deviation:.4f}" in text.split("| after 1 gradient step |")[1].split("\n")[0]
