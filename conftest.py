@@ -57,7 +57,7 @@ def scripted_expert(observations, tasks):
 
 
 def numpy_mlp(params, learner, x):
-    """One vector through one learner's network, in plain loops over layers."""
+    """One vector through one learner's network, layer by layer; layer normalisation and ReLU between them."""
     weights = [p[learner].detach().double().numpy() for p in params]
     for layer in range(0, len(weights), 2):
         x = x @ weights[layer] + weights[layer + 1][0]

@@ -2,6 +2,7 @@
 """
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -19,7 +20,7 @@ import settings as settings_module
 from envs import check_tasks
 from local_policies import load_demonstrations
 
-FORMAT = "gmps checkpoint 2"
+FORMAT = "gmps checkpoint 2"  # 2: experts' networks have layer normalisation
 MODULES = ("advantages", "ant", "door", "envs", "files", "gmps", "local_policies", "phases", "pictures", "policy", "run",
            "sac", "sawyer", "settings", "vision")
 
@@ -58,7 +59,11 @@ def load_checkpoint(path, kind):
         raise UserError(f"no {path}: train first, or name the folder of a finished run") from None
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error, pickle.UnpicklingError):
         raise UserError(f"{path} is truncated or not a checkpoint of this program: delete it to train anew") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("kind") != kind:
+    written = content.get("format") if isinstance(content, dict) else None
+    if isinstance(written, str) and written != FORMAT and written.startswith(FORMAT.rstrip("0123456789")):
+        raise UserError(f"{path} was written by another version of this program: use that version, or train anew in another "
+                        "folder")
+    if written != FORMAT or content.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} checkpoint of this program: delete it, or name another folder")
     try:
         content["settings"] = settings_module.from_dict(content["settings"])
@@ -137,8 +142,10 @@ def open_evaluation(out):
     make_folder(out)
 
 
+@functools.cache
 def commit():
-    """Commit of the code, "-dirty" where a module that this program uses differs from it, "unknown" outside a checkout."""
+    """Commit of the code when first asked, which is at the program's start: "-dirty" where a module that this program uses
+    differs from it, "unknown" outside a checkout."""
     folder = Path(__file__).parent
     modules = [folder / f"{name}.py" for name in MODULES]
 

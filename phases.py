@@ -27,6 +27,8 @@ from pictures import band_means, draw_plot, draw_video
 from policy import collect, one_task, per_task
 
 TABLE_STEPS = (0, 1, 2, 3, 5)  # gradient steps shown in the closing table
+LEVELS = {"no_adaptation": "imitation, no adaptation", "experts_held_out": "experts (told the goal)",
+          "experts_training": "experts on the training tasks"}  # rows of that table beside the adapted policy's
 EXPERT_CHECKPOINT_EVERY = 5    # iterations; the checkpoint holds the whole replay
 
 
@@ -204,9 +206,17 @@ def meta_training_phase(run, experts, demonstrations, demonstration_steps):
 
 # ---------------------------------------------------------------- evaluation
 def records(family, tasks, returns, distances, **extra):
-    """Entries of result.json, one for each task."""
+    """Entries of result.json, one for each task. Distances in the family's `task_unit`; `extra` goes into every entry."""
     return [{"task": task.tolist(), **extra, "return": float(r), "final_distance": float(d),
              "success": bool(d <= family.success_distance)} for task, r, d in zip(tasks, returns, distances)]
+
+
+def measure_experts(family, experts, tasks, threads):
+    """Entries of result.json of the experts' mean actions, one episode a task, and its env steps."""
+    env = BatchEnv(len(tasks), family, threads)
+    episodes = run_experts(env, experts, tasks)
+    env.close()
+    return records(family, tasks, episodes["rewards"].sum(1), episodes["distances"][:, -1]), int(episodes["mask"].sum())
 
 
 def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, settings, seed, threads, device="cpu"):
@@ -229,14 +239,13 @@ def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, se
                                            gradient_steps=k)
             env = BatchEnv(len(chunk), family, threads)
             without = collect(env, chunk, per_task(imitation, len(chunk)), settings, None)
-            rolled = [("no_adaptation", without)]
-            if experts is not None and getattr(experts, "contextual", False):
-                rolled.append(("experts_held_out", run_experts(env, experts, chunk)))
-            for name, episodes in rolled:
-                lists[name] += records(family, chunk, episodes["rewards"].sum(1), episodes["distances"][:, -1])
-                env_steps += int(episodes["mask"].sum())
             env.close()
-            env_steps += result["env_steps"]
+            lists["no_adaptation"] += records(family, chunk, without["rewards"].sum(1), without["distances"][:, -1])
+            env_steps += result["env_steps"] + int(without["mask"].sum())
+            if experts is not None and getattr(experts, "contextual", False):
+                entries, steps = measure_experts(family, experts, chunk, threads)
+                lists["experts_held_out"] += entries
+                env_steps += steps
             bar.set_postfix({"steps": f"{env_steps:,}", "return": f"{result['mean']['return'][-1].mean():.0f}",
                              "dist": f"{result['mean']['distance'][-1].mean():.3f}"}, refresh=False)
             bar.update(len(chunk))
@@ -257,9 +266,13 @@ def closing_table(lists, unit, title="held-out tasks"):
     for name, label in (("held_out", "mean action"), ("held_out_sampled", "sampled actions")):
         lines += [row(f"adapted, {k} step{'s' * (k != 1)}, {label}",
                       [r for r in lists[name] if r["gradient_steps"] == k]) for k in shown]
-    levels = {"no_adaptation": "imitation, no adaptation", "experts_held_out": "experts (told the goal)",
-              "experts_training": "experts on the training tasks"}
-    return "\n".join([*lines, *(row(label, lists[name]) for name, label in levels.items() if name in lists)])
+    return "\n".join([*lines, *(row(label, lists[name]) for name, label in LEVELS.items() if name in lists)])
+
+
+def closing_counts(result):
+    """The line below the closing table."""
+    counted = ", ".join(f"{phase.replace('_', '-')} {steps:,}" for phase, steps in result["env_steps"].items())
+    return f"environment steps: {counted}; wall time {sum(result['wall_seconds'].values()):.0f} s on {result['machine']}"
 
 
 def print_bands(family, lists):
@@ -279,20 +292,15 @@ def evaluation_phase(run, policy, experts):
                                              settings.test_episodes, settings, settings.seed, run.threads, run.device)
     lists["experts_training"] = []
     if experts is not None:
-        env = run.batch_env(len(run.training_tasks))
-        episodes = run_experts(env, experts, run.training_tasks)
-        env.close()
-        env_steps += int(episodes["mask"].sum())
-        lists["experts_training"] = records(run.family, run.training_tasks, episodes["rewards"].sum(1),
-                                            episodes["distances"][:, -1])
+        lists["experts_training"], steps = measure_experts(run.family, experts, run.training_tasks, run.threads)
+        env_steps += steps
     run.tick(env_steps)
     result = {"task": settings.task, "method": "gmps", "seed": settings.seed, "commit": commit(),
               "commits": run.commits, "env_steps": run.env_steps, "wall_seconds": run.wall_seconds,
               "machine": machine(run.threads)} | lists
     write_json(run.out / "result.json", result)
     print(closing_table(lists, run.family.task_unit))
-    counted = ", ".join(f"{name.replace('_', '-')} {steps:,}" for name, steps in run.env_steps.items())
-    print(f"environment steps: {counted}; wall time {sum(run.wall_seconds.values()):.0f} s on {result['machine']}")
+    print(closing_counts(result))
     draw_plot(run, lists)
     draw_video(run, path, tasks[0])
     print(f"results in {run.out}")

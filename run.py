@@ -240,6 +240,7 @@ def main(arguments=None):
     try:
         options = parse(arguments)
         torch.set_num_threads(options.threads)
+        commit()  # that of the code as loaded; files may change under a long run
         (evaluate if options.evaluate else train)(options)
     except (UserError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Soft actor-critic for many learners at once.
 
 All learners train as one batch of networks: every weight has a leading learner axis, so one batched matrix product
-serves 20 learners at about the cost of a few.
+serves all of them.
 
 Source: "Soft Actor-Critic Algorithms and Applications" (Haarnoja et al. 2018b, arXiv 1812.05905v2), equation numbers
 below. Letters in shape comments: N learners, B batch.
@@ -42,8 +42,8 @@ def init_mlp(sizes, learners, generator):
 def mlp(params, x):
     """(N, B, in) -> (N, B, out); between layers layer normalisation (Ba et al. 2016, no gain, no bias) and ReLU.
 
-    The normalisation is [ours], as in later variants of SAC: it bounds what critics say of actions never tried, and experts
-    need far fewer steps (README, "Deviations").
+    The normalisation is [ours]. In critics it bounds what they say of actions never tried (Ball et al. 2023, arXiv
+    2302.02948); the policy has it as well. Experts need fewer steps with it (README, "Deviations").
     """
     for layer in range(0, len(params), 2):
         x = torch.baddbmm(params[layer + 1], x, params[layer])

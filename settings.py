@@ -110,7 +110,7 @@ ANT = dict(
     inner_every=4, test_episodes=50, later_steps=1.0, later_start=0.4, later_alpha="positive", collections=8, meta_batch=10,
     meta_steps=150, imitation_batch=800, pre_update_imitation=1.0, init_step_size=0.02, step_size_learning_rate=6e-3)
 # Push from images: rendering takes most of the time, so there are fewer goals and one inner step, and more meta-steps
-# on each collection. Labels come from the demonstrations alone.
+# on each collection. Labels come from the demonstrations alone. With fewer goals an iteration of the experts is shorter.
 VISION = dict(
     training_tasks=24, expert_iterations=55, imitation_batch=100, collections=12, meta_steps=150, max_weight=2.0,
     inner_steps=1, aggregation_episodes=0)

@@ -1,8 +1,9 @@
-"""The README's numbers from the files they come from: its tables of results, line numbers and line counts.
+"""The README's tables of results, its quick start's last lines, line numbers and line counts, from the files they come from.
 
     python tables.py    # rewrites README.md; nothing changes where it is up to date, which the tests check
 
-Tables stand between "<!-- TABLE task -->" and "<!-- end -->" and are made of results/TASK/seed*/result.json.
+Tables stand between "<!-- TABLE task -->" and "<!-- end -->" and are made of results/TASK/seed*/result.json, the last lines
+of a run between "<!-- CLOSING task/seed -->" and "<!-- end -->". Other numbers are by hand.
 """
 import json
 import re
@@ -10,17 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from files import write_atomically
+from files import UserError, write_atomically
+from phases import LEVELS, closing_counts, closing_table
 
 HERE = Path(__file__).parent
-# Released levels (authors' simulator) and counts, by task and row
+# Released levels (authors' simulator) and counts, by task and list or phase of result.json
 PUBLISHED = {
-    ("push", "experts, told the goal"): "670, 0.031 m (10 other goals, authors' simulator)",
+    ("push", "experts_training"): "670, 0.031 m (10 goals, authors' simulator)",
     ("push", "meta_training"): "about 120,000 in the released settings: *does not match*",
-    ("ant", "experts on their training goals"): "539, 0.32 m (10 training goals, authors' simulator)",
+    ("ant", "experts_training"): "539, 0.32 m (10 goals, authors' simulator)",
     ("ant", "meta_training"): "about 2,000,000 in the released settings: *does not match*"}
-UNITS = {"door": ("angle error (degrees)", np.degrees(1.0), 1), "ant": ("final distance (m)", 1.0, 3),
-         "push": ("final distance (m)", 1.0, 4), "push-vision": ("final distance (m)", 1.0, 4)}
+# What `final_distance` is, its unit in result.json, how many of the table's units that is, digits
+COLUMNS = {"push": ("final distance (m)", "m", 1.0, 4), "push-vision": ("final distance (m)", "m", 1.0, 4),
+           "ant": ("final distance (m)", "m", 1.0, 3), "door": ("angle error (degrees)", "rad", np.degrees(1.0), 1)}
 
 
 def spread(values, digits):
@@ -30,23 +33,21 @@ def spread(values, digits):
 
 
 def table(task, results):
-    """The table of one task, means over each seed's tasks. `results`: contents of result.json, one for each seed."""
-    column, factor, digits = UNITS[task]
+    """Markdown table of a task: means over tasks, then mean ± deviation over seeds. `results`: each seed's result.json."""
+    column, _, factor, digits = COLUMNS[task]
 
     def row(label, name, gradient_steps=None):
         seeds = [[r for r in result[name] if r.get("gradient_steps") == gradient_steps] for result in results]
-        means = {key: [np.mean([r[key] for r in records]) for records in seeds]
+        means = {key: [np.mean([r[key] for r in entries]) for entries in seeds]
                  for key in ("return", "final_distance", "success")}
         return [label, spread(means["return"], 0), spread(factor * np.array(means["final_distance"]), digits),
-                f"{100 * np.mean(means['success']):.0f}%", PUBLISHED.get((task, label), "")]
+                f"{100 * np.mean(means['success']):.0f}%", PUBLISHED.get((task, name), "")]
 
     rows = [[f"{len(results)} seed{'s' * (len(results) > 1)}", "return", column, "success", "published"], ["---"] * 5,
             row("before adaptation (pre-update policy)", "held_out", 0)]
     for name, kind, steps in (("held_out", "", (1, 2, 3, 5)), ("held_out_sampled", ", sampled actions", (1, 3))):
         rows += [row(f"after {k} gradient step{'s' * (k > 1)}{kind}", name, k) for k in steps]
-    levels = {"no_adaptation": "imitates all experts, no adaptation", "experts_held_out": "experts, told the goal",
-              "experts_training": "experts on their training goals"}
-    rows += [row(label, name) for name, label in levels.items() if all(result.get(name) for result in results)]
+    rows += [row(label, name) for name, label in LEVELS.items() if all(result.get(name) for result in results)]
     for phase in ("experts", "meta_training", "evaluation"):
         steps = np.mean([result["env_steps"][phase] for result in results])
         label = f"environment steps: {phase.replace('_', '-')}"
@@ -57,20 +58,36 @@ def table(task, results):
 
 
 def fill(text, folder=HERE):
-    """README text with its tables, "`words`, file.py:line" and "`file.py` count" in the list of lines brought up to date."""
+    """README text brought up to date: tables, last lines of a run, "`words`, file.py:line" and the list of line counts.
+
+    UserError where a table has no results, or the words stand on no line or on several.
+    """
+    def results(pattern):
+        files = sorted((folder / "results").glob(f"{pattern}/result.json"))
+        if not files:
+            raise UserError(f"no results/{pattern}/result.json: copy them from the folders of finished runs")
+        return [json.loads(file.read_text()) for file in files]
+
     def filled(match):
-        files = sorted((folder / "results" / match[1]).glob("seed*/result.json"))
-        content = table(match[1], [json.loads(file.read_text()) for file in files])
-        return f"<!-- TABLE {match[1]} -->\n{content}\n<!-- end -->"
+        return f"{match[1]}{table(match[2], results(f'{match[2]}/seed*'))}{match[3]}"
+
+    def closing(match):
+        result, = results(match[2])
+        lines = [*closing_table(result, COLUMNS[result["task"]][1]).splitlines(), closing_counts(result)]
+        return match[1] + "\n" + "\n".join("    " + content for content in lines) + "\n" + match[3]
 
     def line(match):
-        lines = (folder / match[2]).read_text().splitlines()
-        return f"`{match[1]}`, {match[2]}:{next(i for i, content in enumerate(lines, start=1) if match[1] in content)}"
+        hits = [number for number, content in enumerate((folder / match[2]).read_text().splitlines(), start=1)
+                if match[1] in content]
+        if len(hits) != 1:
+            raise UserError(f"README: {match[1]!r} stands on {len(hits)} lines of {match[2]}: name words of one line")
+        return f"`{match[1]}`, {match[2]}:{hits[0]}"
 
     def counts(match):
         return re.sub(r"`(\w+\.py)` \d+", lambda m: f"`{m[1]}` {len((folder / m[1]).read_text().splitlines())}", match[0])
 
-    text = re.sub(r"<!-- TABLE ([\w-]+) -->\n.*?<!-- end -->", filled, text, flags=re.DOTALL)
+    text = re.sub(r"(<!-- TABLE ([\w-]+) -->\n).*?(\n<!-- end -->)", filled, text, flags=re.DOTALL)
+    text = re.sub(r"(<!-- CLOSING ([\w/-]+) -->\n).*?(\n<!-- end -->)", closing, text, flags=re.DOTALL)
     text = re.sub(r"`([^`]+)`, (\w+\.py):\d+", line, text)
     return re.sub(r"\(lines: [^)]*\)", counts, text)
 

@@ -111,6 +111,8 @@ def copied(finished, out, *names):
     pytest.param(lambda path, _: path.write_bytes(b"Jello, world"), "truncated", id="a short text"),
     pytest.param(lambda path, _: torch.save({"weights": torch.zeros(3)}, path), "not a policy", id="foreign"),
     pytest.param(lambda path, _: torch.save([1, 2], path), "not a policy", id="a list"),
+    pytest.param(lambda path, _: torch.save({"format": "gmps checkpoint 1", "kind": "policy"}, path), "another version",
+                 id="of another version"),
     pytest.param(lambda path, other: path.write_bytes(other.read_bytes()), "not a policy", id="of another kind"),
 ])
 def test_bad_policy_file_is_refused_in_one_line(finished, tmp_path, capsys, spoil, word):

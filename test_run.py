@@ -1,6 +1,5 @@
 """Tests of whole runs: what they write and count, resuming after kill -9, several at once, the README's line numbers."""
 import io
-import json
 import math
 import os
 import re
@@ -20,7 +19,6 @@ import pictures
 import policy
 import run
 import settings as settings_module
-import tables
 from conftest import (
     ARGUMENTS,
     HERE,
@@ -56,7 +54,6 @@ def test_result_has_the_agreed_keys(finished):
             assert entry["success"] is (entry["final_distance"] <= 0.05)
     for name in ("experts_held_out", "no_adaptation"):
         assert [entry["task"] for entry in result[name]] == tasks
-    assert [entry["task"] for entry in result["experts_training"]] == task_set(PUSH, "train", 2).tolist()
 
 
 def test_environment_steps_are_counted_exactly(finished):
@@ -84,6 +81,16 @@ def test_results_of_a_run_are_those_of_its_policy_file(finished):
         episodes = rollout(BatchEnv(2), act, task_set(PUSH, "held_out", 2))
         assert np.allclose([entry["return"] for entry in entries], episodes["rewards"].sum(1), rtol=1e-3, atol=1e-3)
         assert np.allclose([entry["final_distance"] for entry in entries], episodes["distances"][:, -1], atol=1e-4)
+
+
+def test_experts_level_on_their_training_tasks_is_that_of_their_file(finished):
+    """Their mean actions, rolled out anew; the task labels are of the training set and in its order."""
+    experts = phases.expert_policies(files.load_checkpoint(finished / "experts.pt", "experts"))
+    tasks, entries = task_set(PUSH, "train", 2), result_of(finished)["experts_training"]
+    episodes = rollout(BatchEnv(2), lambda observation: experts(observation[:, None], tasks)[:, 0], tasks)
+    assert [entry["task"] for entry in entries] == tasks.tolist()
+    assert np.allclose([entry["return"] for entry in entries], episodes["rewards"].sum(1), rtol=1e-4)
+    assert np.allclose([entry["final_distance"] for entry in entries], episodes["distances"][:, -1], rtol=1e-4)
 
 
 def test_demonstrations_of_a_run_belong_to_its_training_tasks(finished):
@@ -147,7 +154,9 @@ def test_evaluation_of_given_goals(finished, tmp_path):
     expected = [(k, goal) for k in range(3) for goal in goals.tolist()]
     assert [(r["gradient_steps"], r["task"]) for r in one["held_out"]] == expected
     assert one["env_steps"]["evaluation"] == 50 * 3 * ((4 + 1) * 3 + 1 + 1)
-    assert one["env_steps"]["experts"] == result_of(finished)["env_steps"]["experts"]
+    trained = result_of(finished)
+    assert one["env_steps"]["experts"] == trained["env_steps"]["experts"]
+    assert one["commits"] == trained["commits"] and "experts_training" not in one
 
 
 def test_evaluation_overwrites_evaluations_alone(finished, tmp_path, capsys):
@@ -225,6 +234,7 @@ def test_other_tasks_run_from_start_to_end(tmp_path, task):
     if task == "door":
         assert result["env_steps"]["experts"] == horizon * 2 * 3
         assert result["env_steps"]["meta_training"] == horizon * 2 * 3 * (2 * 3 + 1)
+        assert result["env_steps"]["evaluation"] == horizon * 2 * ((3 + 1) * 6 + 3)
     assert result["env_steps"]["evaluation"] <= horizon * 2 * ((3 + 1) * 6 + 3), "early ends save steps"
     assert len(result["experts_held_out"]) == 2 and len(result["held_out"][0]["task"]) == {"ant": 2, "door": 1}[task]
 
@@ -237,6 +247,7 @@ def test_run_from_the_users_demonstrations_asks_no_expert(finished, tmp_path, ca
     result = result_of(out)
     assert result["env_steps"]["experts"] == 0 and result["wall_seconds"]["experts"] == 0
     assert result["env_steps"]["meta_training"] == 50 * 2 * 3 * 2 * 3 and result["experts_held_out"] == []
+    assert result["experts_training"] == []
     assert not (out / "experts.pt").exists()
     with np.load(demos) as data:
         np.savez(tmp_path / "other.npz", **(dict(data) | {"actions": 0.5 * data["actions"]}))
@@ -312,14 +323,3 @@ def test_readme_names_the_right_lines():
     for text, file, number in named:
         lines = (HERE / file).read_text().splitlines()
         assert [index for index, line in enumerate(lines, start=1) if text in line] == [int(number)], (text, file)
-
-
-def test_readme_holds_the_numbers_of_the_results():
-    """README is what `python tables.py` makes of it; a mean and a deviation of the push table by hand."""
-    text = (HERE / "README.md").read_text()
-    assert tables.fill(text) == text
-    results = [json.loads((HERE / "results" / "push" / f"seed{seed}" / "result.json").read_text()) for seed in range(3)]
-    means = [sum(r["final_distance"] for r in result["held_out"] if r["gradient_steps"] == 1) / 20 for result in results]
-    middle = sum(means) / 3
-    deviation = math.sqrt(sum((mean - middle) ** 2 for mean in means) / 2)
-    assert f"{middle:.4f} ± {deviation:.4f}" in text.split("| after 1 gradient step |")[1].split("\n")[0]
