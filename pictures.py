@@ -99,6 +99,7 @@ def draw_extrapolation(out, family, lists):
     for axis, key in zip(axes, ("return", "final_distance")):
         for label, means in band_means(family, lists, key):
             axis.plot(means, "o-", markersize=3, label=label)
+        axis.locator_params(axis="x", integer=True)
     axes[0].set(title="goals outside the training arc, mean action", xlabel="gradient steps", ylabel="return per episode")
     axes[1].set(title="the same", xlabel="gradient steps", ylabel=f"final distance to goal ({family.task_unit})",
                 ylim=(0, None))
