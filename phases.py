@@ -242,7 +242,7 @@ def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, se
             env.close()
             lists["no_adaptation"] += records(family, chunk, without["rewards"].sum(1), without["distances"][:, -1])
             env_steps += result["env_steps"] + int(without["mask"].sum())
-            if experts is not None and getattr(experts, "contextual", False):
+            if getattr(experts, "contextual", False):
                 entries, steps = measure_experts(family, experts, chunk, threads)
                 lists["experts_held_out"] += entries
                 env_steps += steps

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from envs import FAMILIES
 from files import UserError, write_atomically
 from phases import LEVELS, closing_counts, closing_table
 
@@ -21,9 +22,9 @@ PUBLISHED = {
     ("push", "meta_training"): "about 120,000 in the released settings: *does not match*",
     ("ant", "experts_training"): "539, 0.32 m (10 goals, authors' simulator)",
     ("ant", "meta_training"): "about 2,000,000 in the released settings: *does not match*"}
-# What `final_distance` is, its unit in result.json, how many of the table's units that is, digits
-COLUMNS = {"push": ("final distance (m)", "m", 1.0, 4), "push-vision": ("final distance (m)", "m", 1.0, 4),
-           "ant": ("final distance (m)", "m", 1.0, 3), "door": ("angle error (degrees)", "rad", np.degrees(1.0), 1)}
+# What `final_distance` is, how many of the table's units the task's unit is, digits
+COLUMNS = {"push": ("final distance (m)", 1.0, 4), "push-vision": ("final distance (m)", 1.0, 4),
+           "ant": ("final distance (m)", 1.0, 3), "door": ("angle error (degrees)", np.degrees(1.0), 1)}
 
 
 def spread(values, digits):
@@ -34,7 +35,7 @@ def spread(values, digits):
 
 def table(task, results):
     """Markdown table of a task: means over tasks, then mean ± deviation over seeds. `results`: each seed's result.json."""
-    column, _, factor, digits = COLUMNS[task]
+    column, factor, digits = COLUMNS[task]
 
     def row(label, name, gradient_steps=None):
         seeds = [[r for r in result[name] if r.get("gradient_steps") == gradient_steps] for result in results]
@@ -73,7 +74,7 @@ def fill(text, folder=HERE):
 
     def closing(match):
         result, = results(match[2])
-        lines = [*closing_table(result, COLUMNS[result["task"]][1]).splitlines(), closing_counts(result)]
+        lines = [*closing_table(result, FAMILIES[result["task"]].task_unit).splitlines(), closing_counts(result)]
         return match[1] + "\n" + "\n".join("    " + content for content in lines) + "\n" + match[3]
 
     def line(match):
