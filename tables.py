@@ -7,6 +7,7 @@ of a run between "<!-- CLOSING task/seed -->" and "<!-- end -->". Other numbers 
 """
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,17 @@ def fill(text, folder=HERE):
     return re.sub(r"\(lines: [^)]*\)", counts, text)
 
 
+def main(folder=HERE):
+    """Rewrites the README of `folder`; returns the exit code."""
+    readme = folder / "README.md"
+    try:
+        text = fill(readme.read_text(), folder)
+        write_atomically(readme, lambda file: file.write(text), "w")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    readme = HERE / "README.md"
-    write_atomically(readme, lambda file: file.write(fill(readme.read_text())), "w")
+    sys.exit(main())

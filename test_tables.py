@@ -3,7 +3,6 @@ import pytest
 
 import tables
 from conftest import HERE
-from files import UserError
 
 
 def made_up(distances, success, steps, seconds):
@@ -42,7 +41,11 @@ def test_readme_is_up_to_date():
 @pytest.mark.parametrize("text, problem", [
     ("<!-- TABLE push -->\nold\n<!-- end -->", "no results/push"), ("`def fill`, tables.py:1", "0 lines"),
     ("`return`, tables.py:1", "3 lines")])
-def test_what_does_not_fit_is_refused(tmp_path, text, problem):
+def test_what_does_not_fit_is_refused(tmp_path, capsys, text, problem):
+    """One line, exit code 2, and the README is left as it was."""
     (tmp_path / "tables.py").write_text("return\n" * 3)
-    with pytest.raises(UserError, match=problem):
-        tables.fill(text, tmp_path)
+    (tmp_path / "README.md").write_text(text)
+    assert tables.main(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and problem in error
+    assert (tmp_path / "README.md").read_text() == text
