@@ -65,7 +65,7 @@ class Run:
 
     def restore(self, content):
         self.rows, self.env_steps = content["rows"], content["env_steps"]
-        self.wall_seconds, self.commits = content["wall_seconds"], content.get("commits", {})
+        self.wall_seconds, self.commits = content["wall_seconds"], content["commits"]
 
     def save(self, name, kind, content):
         self.tick()

@@ -225,7 +225,7 @@ def evaluate(options):
     seconds = policy["wall_seconds"] | {"evaluation": time.perf_counter() - started}
     write_json(out / "result.json", {
         "task": settings.task, "method": "gmps", "seed": options.seed, "commit": commit(), "trained_seed": settings.seed,
-        "commits": policy.get("commits", {}) | {"evaluation": [commit()]},
+        "commits": policy["commits"] | {"evaluation": [commit()]},
         "env_steps": policy["env_steps"] | {"evaluation": env_steps}, "wall_seconds": seconds, "rollouts": rollouts,
         "machine": machine(options.threads)} | lists)
     if options.extrapolate:

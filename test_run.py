@@ -298,7 +298,8 @@ def test_extrapolation_writes_its_figure_and_every_band(tmp_path):
     out.mkdir()
     files.save_checkpoint(out / "policy.pt", "policy", settings, {
         "theta": theta, "alpha": gmps.init_step_sizes(theta, settings), "scales": [1.0], "no_adaptation": theta,
-        "env_steps": {"experts": 1, "meta_training": 1}, "wall_seconds": {"experts": 1.0, "meta_training": 1.0}})
+        "commits": {}, "env_steps": {"experts": 1, "meta_training": 1},
+        "wall_seconds": {"experts": 1.0, "meta_training": 1.0}})
     assert start("--task", "ant", "--evaluate", out, "--extrapolate", "--gradient-steps", 1, "--rollouts", 2,
                  "--threads", 1) == 0
     result = result_of(out / "evaluation")
