@@ -57,7 +57,7 @@ def advantages(observation, reward, mask, products, settings):
 
 @torch.no_grad()
 def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None):
-    """Batch of the inner step from the episodes that phi collected, and the scale of its advantages.
+    """Batch of the inner step from the episodes that phi collected, and the scale of its advantages, None where all are 0.
 
     A dict of (n, B, ...), B = K * T: "observation" scaled, "action" before the environment clips it, "advantage" and
     "mask", for a family with images "image", and "log_prob", that of the actions under phi, the behaviour policy. With
@@ -78,14 +78,13 @@ def policy_gradient_batch(episodes, phi, family, settings, advantage_scale=None)
         advantage_scale, own = 1.0, advantage.square().sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
         advantage = advantage / own.sqrt().clamp(min=1e-6)
     if advantage_scale is None:
-        advantage_scale = float((advantage.square().sum() / mask.sum()).sqrt())
-        if advantage_scale < 1e-8:  # nobody found any reward: no advantage and no step, not 0 / 0
-            advantage_scale = 1.0
-    batch = {"observation": observation, "action": tensor(episodes["actions"]), "advantage": advantage / advantage_scale,
-             "mask": mask}
+        size = float((advantage.square().sum() / mask.sum()).sqrt())
+        advantage_scale = size if size >= 1e-8 else None  # nobody found any reward: no advantage and no step, not 0 / 0
+    batch = {"observation": observation, "action": tensor(episodes["actions"]),
+             "advantage": advantage / (advantage_scale or 1.0), "mask": mask}
     if family.image_shape:
         images = episodes["images"][:, :-1]
         batch["image"] = torch.as_tensor(images.reshape(n, -1, *images.shape[1:])).to(phi["z"].device)
     batch = {name: value[:, :, ::settings.inner_every].flatten(1, 2) for name, value in batch.items()}
     batch["log_prob"] = log_prob(phi, seen(phi, batch)["observation"], batch["action"], settings)
-    return batch, float(advantage_scale)
+    return batch, advantage_scale

@@ -104,7 +104,7 @@ class SawyerDoor(SawyerTask):
         return np.abs(outcome[..., 0] - task[..., 0])
 
     def reward_terms(self, outcome, action, task):
-        """The reward, one weighted term; `outcome` is that after the step. Shapes as in `distance`."""
+        """The reward, one weighted term; `outcome` is that after the step (see `SawyerPush`). Shapes as in `distance`."""
         opened = np.maximum(0.0, task[..., 0] - self.distance(outcome, task))
         return {"open": self.reward_weights["open"] * np.where(outcome[..., 1] <= self.reach, opened, 0.0)}
 

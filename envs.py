@@ -351,8 +351,9 @@ def rollout(env, policy, tasks):
 def correlated_noise(shape, correlation, generator):
     """Endless standard normal noise of that shape, each correlated with the one before [ours].
 
-    Every action is still distributed as the policy says, but an ant that is controlled at 100 Hz moves its legs only by
-    noise that lasts.
+    An ant that is controlled at 100 Hz moves its legs only by noise that lasts. Each step's noise is still standard normal,
+    but not given the state, which earlier noise has shaped: the densities of single steps that the inner loss takes are
+    then an approximation.
     """
     noise = torch.randn(shape, generator=generator)
     while True:

@@ -247,11 +247,10 @@ class MetaLearner:
             demonstrations.add(state["aggregated_observations"].numpy(), state["aggregated_actions"].numpy())
 
     def batch(self, k, episodes, phi, family):
-        """Batch of inner step k; the first batch of a step fixes the scale of its advantages for good."""
+        """Batch of inner step k; the first batch of a step with any reward fixes the scale of its advantages for good."""
         fixed = self.scales[k] if k < len(self.scales) else None
         batch, scale = policy_gradient_batch(episodes, phi, family, self.settings, fixed)
-        if k == len(self.scales):
-            self.scales.append(scale)
+        self.scales[k:k + 1] = [scale]
         if self.fixed_eyes:
             with torch.no_grad():
                 batch = {name: value for name, value in seen(phi, batch).items() if name != "image"}
@@ -320,10 +319,10 @@ def evaluate(family, theta, alpha, scales, tasks, gradient_steps, settings, seed
     "sampled": ..} of {"return", "distance"} arrays (gradient_steps + 1, n), for the mean action (one episode: simulator
     and policy are deterministic) and averaged over the sampled rollouts; "path", the adapted parameters after each
     step; and "env_steps". `scales`: of the advantages, one for each meta-trained step, in units of return (1.0 where each
-    task has its own). Step k past those uses the last one's scale and step sizes, these times
+    task has its own, None where it found no reward). Step k past those uses the last one's scale and step sizes, these times
     max(settings.later_start * settings.later_steps ** k, settings.later_floor). With
     settings.later_alpha "positive" they leave out negative step sizes [ours]: about half of alpha is negative, a map
-    learned for the first steps and the training tasks' range, and only without it is a further step sure to climb.
+    learned for the first steps and the training tasks' range, while further steps are meant to climb.
     """
     n = len(tasks)
     env, mean_env = BatchEnv(n * settings.episodes, family, threads), BatchEnv(n, family, threads)

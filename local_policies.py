@@ -202,8 +202,9 @@ def train_experts(env, tasks, settings, state=None, device="cpu"):
 
 
 def make_demonstrations(env, experts, tasks, settings):
-    """Step 2, D*_i: states (n, M, obs) that the experts visit and their mean actions there (n, M, act), and env steps; a
-    family with images has those, (n, M, rows, columns, 3), before the env steps.
+    """Step 2, D*_i: states (n, M, obs) that the experts visit (an episode's last one again after an early end) and their
+    mean actions there (n, M, act), and env steps; a family with images has those, (n, M, rows, columns, 3), before the
+    env steps.
 
     Each task's first episode is the expert's own; in the others Gaussian noise moves it off its path, so that the
     labels show how it comes back. In the last `demonstration_detours` episodes of each task the expert is sent to the goal

@@ -176,7 +176,8 @@ class SawyerPush(SawyerTask):
         return np.hypot(outcome[..., 0] - task[..., 0], outcome[..., 1] - task[..., 1])
 
     def reward_terms(self, outcome, action, task):
-        """Weighted terms whose sum is the reward; `outcome` is that after the step. Shapes as in `distance`."""
+        """Weighted terms whose sum is the reward; `outcome` is that after the step, as sensors give it: one physics step,
+        10 ms, old. Shapes as in `distance`."""
         start_distance = np.hypot(self.block_start[0] - task[..., 0], self.block_start[1] - task[..., 1])
         distance, weights = self.distance(outcome, task), self.reward_weights
         if self.reward == "sparse":

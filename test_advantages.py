@@ -199,6 +199,21 @@ def test_advantages_by_each_tasks_own_scale():
     assert torch.allclose(one, other, rtol=1e-3, atol=1e-4) and not nothing.any()
 
 
+def test_the_first_collection_with_any_reward_fixes_the_scale():
+    """One without leaves the scale open; a later one with other rewards does not change it, nor one without."""
+    tasks = task_set(PUSH, "train", 2)
+    theta = policy.init_policy(PUSH, TINY, torch.Generator().manual_seed(0))
+    learner = gmps.MetaLearner(theta, gmps.Demonstrations(np.zeros((2, 5, 6)), np.zeros((2, 5, 3))), TINY)
+    phi = policy.per_task(theta, 2)
+    episodes = policy.collect(BatchEnv(6), tasks, phi, TINY, torch.Generator().manual_seed(2))
+    size = advantages.policy_gradient_batch(episodes, phi, PUSH, TINY)[1]
+    for factor, scale in ((0.0, None), (3.0, 3 * size), (7.0, 3 * size), (0.0, 3 * size)):
+        batch = learner.batch(0, episodes | {"rewards": factor * episodes["rewards"]}, phi, PUSH)
+        assert learner.scales == [scale and pytest.approx(scale, rel=1e-4)]
+        expected = factor * size / scale if scale else 0.0
+        assert batch["advantage"].square().mean().sqrt().item() == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("scale", ["shared", "task"])
 def test_rewards_that_are_the_same_in_all_episodes_give_no_step(scale):
     """A sparse reward that nobody found may be any constant; the other task keeps the advantages it has."""
