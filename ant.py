@@ -35,7 +35,7 @@ def ant_xml():
 <mujoco model="ant">
 <compiler angle="degree" autolimits="true" inertiafromgeom="true"/>
 <option timestep="0.01" integrator="RK4"/>
-<visual><global offwidth="640" offheight="480"/></visual>
+<visual><global offwidth="640" offheight="480"/><map shadowclip="3"/></visual>
 <asset>
   <texture name="tiles" type="2d" builtin="checker" rgb1="0.86 0.87 0.88" rgb2="0.78 0.80 0.82" width="64" height="64"/>
   <material name="tiles" texture="tiles" texrepeat="40 40"/>

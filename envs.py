@@ -21,14 +21,21 @@ import sys
 import warnings
 
 if sys.platform == "linux" and "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
-    # MuJoCo picks its GL library at import, and a named library that is absent breaks that import.
+    # MuJoCo picks its GL library at import, and a named library that is absent breaks that import (see below).
     for _name, _library in (("egl", "EGL"), ("osmesa", "OSMesa")):
         if ctypes.util.find_library(_library):
             os.environ["MUJOCO_GL"] = _name
             break
 
 import gymnasium
-import mujoco
+
+try:
+    import mujoco
+except (AttributeError, ImportError, OSError, RuntimeError):  # every GL binding fails with an exception of its own
+    if os.environ.get("MUJOCO_GL", "disabled") == "disabled":
+        raise
+    os.environ["MUJOCO_GL"] = "disabled"  # the user named one that is absent: only pictures need it, and say so
+    import mujoco
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode

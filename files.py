@@ -23,6 +23,7 @@ from local_policies import load_demonstrations
 FORMAT = "gmps checkpoint 2"  # 2: experts' networks have layer normalisation
 MODULES = ("advantages", "ant", "door", "envs", "files", "gmps", "local_policies", "phases", "pictures", "policy", "run",
            "sac", "sawyer", "settings", "vision")
+TRUNCATED_NPZ = "it is truncated or no npz file (in a run's own folder delete it, and the run makes it again)"
 
 
 class UserError(Exception):
@@ -58,7 +59,8 @@ def load_checkpoint(path, kind):
     except FileNotFoundError:
         raise UserError(f"no {path}: train first, or name the folder of a finished run") from None
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error, pickle.UnpicklingError):
-        raise UserError(f"{path} is truncated or not a checkpoint of this program: delete it to train anew") from None
+        raise UserError(f"{path} is truncated or not a checkpoint of this program: name another folder, or "
+                        "delete it to train anew") from None
     written = content.get("format") if isinstance(content, dict) else None
     if isinstance(written, str) and written != FORMAT and written.startswith(FORMAT.rstrip("0123456789")):
         raise UserError(f"{path} was written by another version of this program: use that version, or train anew in another "
@@ -100,7 +102,7 @@ def read_demonstrations(path, family):
     except FileNotFoundError:
         raise UserError(f"no demonstrations file {path}: --demos takes an npz with tasks, observations, actions") from None
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "it is truncated or no npz file"
+        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else TRUNCATED_NPZ
         raise UserError(f"{path}: {reason}") from None
     return demonstrations
 

@@ -93,7 +93,7 @@ def imitation_loss(phi, observation, expert_action):
 
 
 def meta_loss(theta, alpha, batches, demonstration, settings, exploration=None):
-    """The paper's meta-objective, averaged over the adapted phi_1 ... phi_k, and [ours] a little of it on phi_0.
+    """The paper's meta-objective, averaged over the adapted phi_1 ... phi_k, and [ours] a share of it on phi_0.
 
     `demonstration`: (observation (n, B, obs), expert action (n, B, act)), and images (n, B, ...) where there are any. The
     loss on phi_0 keeps the pre-update policy at the block: the paper's objective gives it no credit for what its rollouts

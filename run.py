@@ -90,7 +90,7 @@ def parse(arguments):
     if options.evaluate is None:
         for name in only_evaluation:
             if getattr(options, name) not in (None, False):
-                raise UserError(f"--{name.replace('_', '-')} goes with --evaluate DIR; training has --set NAME=VALUE")
+                raise UserError(f"--{name.replace('_', '-')} goes with --evaluate DIR: train without it")
     else:
         for name in only_training:
             if getattr(options, name):
@@ -199,6 +199,8 @@ def train_one(run):
 
 def evaluate(options):
     """Adapt the policy in a folder to the user's goals."""
+    if options.evaluate.is_file():
+        raise UserError(f"--evaluate takes the folder that holds policy.pt: {options.evaluate} is a file")
     policy = load_checkpoint(options.evaluate / "policy.pt", "policy")
     settings = policy["settings"]
     if settings.task != options.task:
@@ -213,10 +215,12 @@ def evaluate(options):
         goals = read_goals(options.goals, family)
     else:
         goals = task_set(family, "held_out", settings.held_out_tasks)
-    experts_file = options.evaluate / "experts.pt"
-    experts = expert_policies(load_checkpoint(experts_file, "experts"), options.device) if experts_file.exists() else None
-    if settings.experts == "scripted":
-        experts = family.expert
+    experts, experts_file = family.expert if settings.experts == "scripted" else None, options.evaluate / "experts.pt"
+    if experts is None and experts_file.exists():
+        content = load_checkpoint(experts_file, "experts")
+        if content["settings"] != settings:
+            raise UserError(f"{experts_file} is of another run than the policy beside it: bring its own, or none")
+        experts = expert_policies(content, options.device)
     out = options.out or options.evaluate / "evaluation"
     open_evaluation(out)
     started = time.perf_counter()

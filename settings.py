@@ -68,8 +68,8 @@ class Settings:
     meta_steps: int = within(25, 1, 10_000)           # outer steps on one collection [release: 300 to 500]
     meta_batch: int = within(20, 1, 1000)             # tasks per meta-step [release: all]
     inner_steps: int = within(3, 1, 10)               # that the outer loss is differentiated through [release: 1]
-    # Step k past those meta-trained is the last of these times max(later_start * later_steps ** k, later_floor): nothing has
-    # taught alpha how far to go there, and on push full steps undo what the first ones gained [ours]
+    # Step k past those meta-trained uses the last one's alpha times max(later_start * later_steps ** k, later_floor):
+    # nothing has taught alpha how far to go there, and on push full steps undo what the first ones gained [ours]
     later_steps: float = within(0.25, 0.0, 1.0)
     later_start: float = within(1.0, 0.0, 1.0)
     later_floor: float = within(0.0, 0.0, 1.0)

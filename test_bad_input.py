@@ -1,8 +1,11 @@
 """Tests of what is refused in one clear line: bad arguments, goals, demonstrations, checkpoints, folders, a full disk."""
 import contextlib
+import dataclasses
 import errno
 import os
 import resource
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 import files
-from conftest import ARGUMENTS, refused, result_of, start
+from conftest import ARGUMENTS, HERE, refused, result_of, start
 from settings import Settings
 
 
@@ -119,6 +122,46 @@ def test_bad_policy_file_is_refused_in_one_line(finished, tmp_path, capsys, spoi
     out = copied(finished, tmp_path / "copy", "policy.pt")
     spoil(out / "policy.pt", finished / "experts.pt")
     assert word in refused(capsys, "--threads", 1, "--evaluate", out)
+
+
+def test_experts_of_another_run_beside_a_policy_are_refused(finished, tmp_path, capsys):
+    out = copied(finished, tmp_path / "copy", "policy.pt", "experts.pt")
+    content = files.load_checkpoint(out / "experts.pt", "experts")
+    other = dataclasses.replace(content.pop("settings"), seed=7)
+    files.save_checkpoint(out / "experts.pt", "experts", other, content)
+    assert "experts.pt is of another run" in refused(capsys, "--threads", 1, "--evaluate", out)
+
+
+def test_evaluate_of_a_file_is_refused_in_one_line(finished, capsys):
+    assert "takes the folder" in refused(capsys, "--evaluate", finished / "policy.pt")
+
+
+WITHOUT_GL = """
+import ctypes, sys
+original = ctypes.CDLL.__init__
+def hiding(self, name, *arguments, **named):
+    if name and ("EGL" in name or "OSMesa" in name):
+        raise OSError("hidden")
+    original(self, name, *arguments, **named)
+ctypes.CDLL.__init__ = hiding
+import run
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MuJoCo has these libraries on Linux alone")
+@pytest.mark.parametrize("library", ["bogus", "egl", "osmesa"])
+def test_opengl_library_that_is_absent_stops_only_what_needs_pictures(tmp_path, library):
+    """MUJOCO_GL names no library, or one that is not installed: push begins, push-vision ends in one line."""
+    environment = os.environ | {"MUJOCO_GL": library, "PYTHONPATH": str(HERE)}
+
+    def command(*arguments):
+        return subprocess.run([sys.executable, "-c", WITHOUT_GL, *arguments], env=environment, capture_output=True,
+                              text=True, cwd=tmp_path)
+    vision = command("--task", "push-vision", "--quick")
+    assert vision.returncode == 2 and vision.stderr.startswith("error: no OpenGL") and vision.stderr.count("\n") == 1
+    push = command("--task", "push", "--set", "seed=1")  # refused for another reason: push asks for no pictures
+    assert push.returncode == 2 and "use --seed" in push.stderr
 
 
 def test_bad_checkpoint_of_a_run_is_refused_in_one_line(finished, tmp_path, capsys):

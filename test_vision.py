@@ -1,7 +1,9 @@
-"""Tests of push from images: pictures, what a policy sees in them, and meta-gradients through the convolutions."""
+"""Tests of push from images: pictures, films, what a policy sees in them, and meta-gradients through the convolutions."""
 import dataclasses
+from types import SimpleNamespace
 
 import gymnasium
+import imageio.v3 as imageio
 import mujoco
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import torch
 import envs
 import gmps
 import local_policies
+import pictures
 import policy
 import vision
 from conftest import push_north, relative_error, scripted_expert, through_bytes
-from envs import BatchEnv, rollout, task_set
+from envs import BatchEnv, make_family, rollout, task_set
 from settings import Settings
 from vision import SawyerPushVision
 
@@ -136,6 +139,21 @@ def test_without_opengl_one_line_says_what_to_install(monkeypatch):
         BatchEnv(1, VISION)
     assert "\n" not in str(error.value)
     BatchEnv(1, "push").close()  # needs none
+
+
+@needs_gl
+def test_film_shows_both_policies_side_by_side_and_says_which(tmp_path):
+    """The same policy twice: the halves differ in their labels alone. A frame for the start, and for every so many steps."""
+    family, settings = make_family("push"), Settings(hidden=8)
+    phi = policy.per_task(policy.init_policy(family, settings, torch.Generator().manual_seed(0)), 1)
+    run = SimpleNamespace(family=family, out=tmp_path)
+    pictures.draw_video(run, [phi, None, None, phi], task_set(family, "validation", 1)[0])
+    film = imageio.imread(tmp_path / "before_after.gif")
+    assert film.shape == (1 + family.horizon // family.frames_every, 240, 640, 3)
+    before, after = film[0, :, :320].astype(int), film[0, :, 320:].astype(int)
+    assert abs(before[:210] - after[:210]).max() < 40, "a palette's worth of difference"
+    assert abs(before[220:236, :160] - after[220:236, :160]).max() > 200
+    assert abs(film[0].astype(int) - film[-1]).max() > 100, "the arm moves"
 
 
 # ---------------------------------------------------------------- what a policy sees

@@ -60,8 +60,8 @@ def opengl():
         with warnings.catch_warnings(action="ignore"):  # GLFW, MuJoCo's last resort, warns before it fails
             yield
     except Exception as error:  # each GL binding fails with an exception type of its own
-        raise NoOpenGL("no OpenGL for offscreen rendering: install EGL (libegl1) or OSMesa (libosmesa6) "
-                       "and set MUJOCO_GL=egl or MUJOCO_GL=osmesa") from error
+        raise NoOpenGL("no OpenGL for offscreen rendering: install EGL (libegl1) or OSMesa (libosmesa6) and set "
+                       "MUJOCO_GL=egl or MUJOCO_GL=osmesa, whichever is there") from error
 
 
 class Camera:
