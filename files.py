@@ -23,7 +23,6 @@ from local_policies import load_demonstrations
 FORMAT = "gmps checkpoint 2"  # 2: experts' networks have layer normalisation
 MODULES = ("advantages", "ant", "door", "envs", "files", "gmps", "local_policies", "phases", "pictures", "policy", "run",
            "sac", "sawyer", "settings", "vision")
-TRUNCATED_NPZ = "it is truncated or no npz file (in a run's own folder delete it, and the run makes it again)"
 
 
 class UserError(Exception):
@@ -102,7 +101,7 @@ def read_demonstrations(path, family):
     except FileNotFoundError:
         raise UserError(f"no demonstrations file {path}: --demos takes an npz with tasks, observations, actions") from None
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else TRUNCATED_NPZ
+        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "it is truncated or no npz file"
         raise UserError(f"{path}: {reason}") from None
     return demonstrations
 

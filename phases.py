@@ -162,7 +162,10 @@ def demonstrations_phase(run, experts):
         else:
             arrays, env_steps = run.demos[1], 0
         write_atomically(path, lambda file: save_demonstrations(file, run.training_tasks, arrays, env_steps))
-    tasks, arrays, env_steps = read_demonstrations(path, run.family)
+    try:
+        tasks, arrays, env_steps = read_demonstrations(path, run.family)
+    except UserError as error:
+        raise UserError(f"{error} (delete it, and the run makes it again)") from None
     if run.demos is not None and not all(map(np.array_equal, (run.demos[0], *run.demos[1]), (tasks, *arrays))):
         raise UserError(f"{path} holds other demonstrations: choose another folder with --out")
     return gmps.Demonstrations(*arrays), env_steps

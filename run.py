@@ -215,8 +215,10 @@ def evaluate(options):
         goals = read_goals(options.goals, family)
     else:
         goals = task_set(family, "held_out", settings.held_out_tasks)
-    experts, experts_file = family.expert if settings.experts == "scripted" else None, options.evaluate / "experts.pt"
-    if experts is None and experts_file.exists():
+    experts, experts_file = None, options.evaluate / "experts.pt"
+    if settings.experts == "scripted":
+        experts = family.expert
+    elif experts_file.exists():
         content = load_checkpoint(experts_file, "experts")
         if content["settings"] != settings:
             raise UserError(f"{experts_file} is of another run than the policy beside it: bring its own, or none")

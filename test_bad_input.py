@@ -170,6 +170,19 @@ def test_bad_checkpoint_of_a_run_is_refused_in_one_line(finished, tmp_path, caps
     assert "experts.pt is truncated" in refused(capsys, *ARGUMENTS, "--out", out)
 
 
+def test_truncated_demonstrations_of_a_run_are_refused_in_one_line(finished, tmp_path, capsys):
+    """Cut short, and whole at its end but not inside; deleted, as the line says, the run makes them again."""
+    out = copied(finished, tmp_path / "copy", "settings.json", "experts.pt", "demonstrations.npz")
+    path = out / "demonstrations.npz"
+    whole = path.read_bytes()
+    for spoilt in (whole[:-3000], whole[:1000] + bytes(1000) + whole[2000:]):
+        path.write_bytes(spoilt)
+        assert "delete it, and the run makes it again" in refused(capsys, *ARGUMENTS, "--out", out)
+    path.unlink()
+    assert start(*ARGUMENTS, "--out", out) == 0
+    assert {**result_of(out), "wall_seconds": 0} == {**result_of(finished), "wall_seconds": 0}
+
+
 def test_more_rollouts_than_the_settings_allow_are_refused_in_one_line(finished, tmp_path, capsys):
     line = refused(capsys, "--threads", 1, "--evaluate", finished, "--rollouts", 10_001, "--out", tmp_path / "out")
     assert "10000" in line
