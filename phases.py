@@ -1,19 +1,26 @@
-"""The phases of a run in order: experts, demonstrations, meta-training, evaluation. Each leaves its file, from which a run
-that is started again goes on. This file holds what is not research: checkpoints, counts, the closing table.
+"""What a run leaves behind, and how it goes on: experts, demonstrations, meta-training, evaluation.
+
+A method (gmps.py, baselines/) is a generator that knows nothing of files. `Problem` is what it is
+given; each of its callables leaves a file and finds it again when the run is started once more:
+
+    experts.pt -> demonstrations.npz -> policy.pt -> learning.png, before_after.gif -> result.json
+
+Half-done training stands in experts_partial.pt and policy_partial.pt. Every checkpoint holds the
+journal of its moment: metrics, curve, counts of steps and seconds, commits.
 """
+import contextlib
 import csv
-import dataclasses
-import os
 import platform
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
+from loky import cpu_count
 from tqdm import tqdm
 
-import gmps
-from envs import BatchEnv, make_family, task_set
-from files import (
+import baselines
+from checkpoints import (
     UserError,
     commit,
     load_checkpoint,
@@ -22,292 +29,358 @@ from files import (
     write_atomically,
     write_json,
 )
-from local_policies import Experts, make_demonstrations, run_experts, save_demonstrations, train_experts
-from pictures import band_means, draw_plot, draw_video
-from policy import collect, one_task, per_task
+from envs import Environments, make_batch, make_family, task_set
+from evaluate import (
+    TABLE_ROUNDS,
+    Evaluation,
+    closing_counts,
+    closing_table,
+    curve_points,
+    evaluate,
+    measure_experts,
+)
+from local_policies import (
+    Demonstrations,
+    ExpertFunction,
+    Experts,
+    make_demonstrations,
+    save_demonstrations,
+    train_experts,
+)
+from tasks.base import TaskFamily
+from tools.pictures import draw_film, draw_plot
 
-TABLE_STEPS = (0, 1, 2, 3, 5)  # gradient steps shown in the closing table
-LEVELS = {"no_adaptation": "imitation, no adaptation", "experts_held_out": "experts (told the goal)",
-          "experts_training": "experts on the training tasks"}  # rows of that table beside the adapted policy's
-EXPERT_CHECKPOINT_EVERY = 5    # iterations; the checkpoint holds the whole replay
+EXPERT_CHECKPOINT_EVERY = 5  # iterations: such a checkpoint holds the whole replay
+CURVE_TASKS, CURVE_ROUNDS = 10, 3  # validation tasks and rounds of test episodes of a curve's point
+# Of metrics.csv; a method's further metrics follow. imitation_k: the last meta-step's imitation
+# loss after k inner steps. weight: w of the inner loss after that meta-step.
+COLUMNS = ("phase", "iteration", "env_steps", "return", "distance", "adapted_return",
+           "adapted_distance", "imitation_0", "imitation_1", "imitation_2", "imitation_3",
+           "gradient_norm", "weight_mean", "weight_max", "temperature", "critic_loss",
+           "policy_loss", "divergences")
 
 
-# ---------------------------------------------------------------- a run and its phases
-class Run:
-    """Settings, folder, metrics rows, step and time counts and commits of one run; they travel inside every checkpoint."""
+class Journal:
+    """What a run counts: rows of metrics, curve, env steps, seconds and commits of every phase."""
 
-    def __init__(self, settings, out, device, threads, demos=None):
-        self.settings, self.out, self.device, self.threads, self.demos = settings, out, device, threads, demos
-        self.family = make_family(settings.task, settings.reward)
-        self.training_tasks = task_set(self.family, "train", settings.training_tasks) if demos is None else demos[0]
-        self.rows, self.env_steps, self.wall_seconds, self.commits = [], {}, {}, {}
-        self.phase, self.started = None, None
+    def __init__(self, out: Path, settings):
+        self.out, self.settings = out, settings
+        self.rows, self.curve = [], []
+        self.env_steps, self.wall_seconds, self.commits, self.divergences = {}, {}, {}, {}
+        self.phase, self.since = None, time.perf_counter()
 
-    def batch_env(self, num_envs):
-        return BatchEnv(num_envs, self.family, self.threads)
-
-    def begin(self, phase):
-        self.phase, self.started = phase, time.perf_counter() - self.wall_seconds.get(phase, 0.0)
+    @contextlib.contextmanager
+    def timing(self, phase: str):
+        """Seconds inside count for `phase`; of phases within phases, only for the inner one."""
+        self.tick()
+        outer, self.phase = self.phase, phase
         commits, now = self.commits.setdefault(phase, []), commit()
         if now not in commits[-1:]:  # more than one where a run went on with other code
             commits.append(now)
+        try:
+            yield
+        finally:
+            self.tick()
+            self.phase = outer
 
-    def tick(self, env_steps=None, metrics=None):
-        """Bring the phase's counts up to date; a row of metrics goes to metrics.csv."""
-        self.wall_seconds[self.phase] = time.perf_counter() - self.started
-        if env_steps is not None:
-            self.env_steps[self.phase] = env_steps
-        if metrics is not None:
-            self.rows.append({"phase": self.phase} | {key: metrics[key] for key in self.columns if key in metrics})
+    def tick(self) -> None:
+        """Bring the seconds of the phase at work up to date."""
+        now = time.perf_counter()
+        if self.phase is not None:
+            self.wall_seconds[self.phase] = (self.wall_seconds.get(self.phase, 0.0)
+                                             + now - self.since)
+        self.since = now
 
-    def counts(self):
-        return {"rows": self.rows, "env_steps": self.env_steps, "wall_seconds": self.wall_seconds, "commits": self.commits}
+    def note(self, phase: str, metrics: dict) -> None:
+        """A row of metrics, and its counts."""
+        self.env_steps[phase] = metrics["env_steps"]
+        self.divergences[phase] = (self.divergences.get(phase, 0)
+                                   + metrics.get("divergences", 0))
+        self.rows.append({"phase": phase} | metrics)
 
-    def restore(self, content):
-        self.rows, self.env_steps = content["rows"], content["env_steps"]
-        self.wall_seconds, self.commits = content["wall_seconds"], content["commits"]
-
-    def save(self, name, kind, content):
+    def counts(self) -> dict:
         self.tick()
+        return {name: getattr(self, name) for name in (
+            "rows", "curve", "env_steps", "wall_seconds", "commits", "divergences")}
+
+    def restore(self, content: dict) -> None:
+        for name in self.counts():
+            setattr(self, name, content[name])
+
+    def save(self, name: str, kind: str, content: dict) -> None:
+        """A checkpoint with all counts, and metrics.csv."""
         save_checkpoint(self.out / name, kind, self.settings, content | self.counts())
         write_atomically(self.out / "metrics.csv", self.write_metrics, "w")
 
-    @property
-    def columns(self):
-        """Of metrics.csv. imitation_k: the last meta-step's imitation loss after k inner steps, over that step's tasks; with
-        settings.exploring_tasks imitation_0 is over those."""
-        losses = [f"imitation_{k}" for k in range(max(3, self.settings.inner_steps) + 1)]
-        return ["phase", "iteration", "env_steps", "return", "distance", "adapted_return", "adapted_distance", *losses,
-                "temperature"]
-
-    def write_metrics(self, file):
-        writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-                         for row in self.rows)
-
-    def load(self, name, kind):
-        """A checkpoint of this run, its counts restored, or None where there is none yet."""
+    def load(self, name: str, kind: str) -> dict | None:
+        """A checkpoint of this run; None where there is none yet."""
         if not (self.out / name).exists():
             return None
         content = load_checkpoint(self.out / name, kind)
         if content["settings"] != self.settings:
-            raise UserError(f"{self.out / name} belongs to another run: choose another folder with --out")
-        self.restore(content)
+            raise UserError(f"{self.out / name} belongs to another run: choose another folder with "
+                            "--out")
         return content
 
-
-def progress_bar(description, total, done):
-    return tqdm(total=total, initial=done, desc=f"{description:<22}", unit="it", dynamic_ncols=True, mininterval=0.5)
-
-
-def describe(metrics):
-    shown = {"steps": f"{metrics['env_steps']:,}", "return": f"{metrics['return']:.0f}",
-             "dist": f"{metrics['distance']:.3f}"}
-    if "adapted_return" in metrics:
-        shown |= {"adapted": f"{metrics['adapted_return']:.0f}", "adapted dist": f"{metrics['adapted_distance']:.3f}"}
-    return shown
+    def write_metrics(self, file) -> None:
+        hidden = {"progress", *COLUMNS}
+        further = dict.fromkeys(key for row in self.rows for key in row if key not in hidden)
+        writer = csv.DictWriter(file, [*COLUMNS, *further], restval="", lineterminator="\n",
+                                extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value
+                          for key, value in row.items()} for row in self.rows)
 
 
-def experts_phase(run):
-    """Step 1. Leaves experts.pt with the policies; the learners' whole state, replay included, is dropped when done.
+def progress_bar(description: str, total: int, done: int) -> tqdm:
+    return tqdm(total=total, initial=done, desc=f"{description:<22}", unit="it",
+                dynamic_ncols=True, mininterval=0.5)
 
-    A scripted expert needs no learning, and with the user's demonstrations there is none (None).
+
+def describe(metrics: dict) -> dict:
+    """What a progress bar says."""
+    formats = {"env_steps": ("steps", ","), "return": ("return", ".0f"),
+               "distance": ("dist", ".3f"), "adapted_return": ("adapted", ".0f"),
+               "adapted_distance": ("adapted dist", ".3f")}
+    return {label: format(metrics[key], spec) for key, (label, spec) in formats.items()
+            if key in metrics}
+
+
+# ---------------------------------------------------------------- what a method is given
+class Problem:
+    """Training tasks, and all that a method may ask for; nothing is made before it is asked for.
+
+    `family`: the task family. `tasks` (n, task): the training tasks. `device`: for networks.
+    `train_experts()`, `demonstrate(experts)`, `rollout(policy, tasks, episodes)` and
+    `meta_test(adapter)`: see below.
     """
-    final, partial, settings = "experts.pt", "experts_partial.pt", run.settings
-    if settings.experts in ("scripted", "demonstrations"):
-        run.env_steps.setdefault("experts", 0)
-        run.wall_seconds.setdefault("experts", 0.0)
-        return run.family.expert if settings.experts == "scripted" else None
-    content = run.load(final, "experts")
-    if content is None:
-        content = run.load(partial, "experts in training")
+
+    def __init__(self, settings, out: Path, device="cpu", threads: int | None = None,
+                 demos: tuple[np.ndarray, Demonstrations] | None = None):
+        self.settings, self.out, self.device = settings, out, device
+        self.threads = threads or cpu_count()
+        self.family = make_family(settings.task, settings.reward)
+        self.demos = demos  # the user's, instead of experts
+        self.tasks = demos[0] if demos else task_set(self.family, "train", settings.training_tasks)
+        self.environments = Environments(self.family, self.threads)
+        self.method = baselines.load(settings.method)
+        self.journal, self.experts, self.bar = Journal(out, settings), None, None
+        self.state = None
+
+    # ---- callables of a method
+    def rollout(self, policy, tasks: np.ndarray, episodes: int) -> dict:
+        """`episodes` of a policy on each task, environments ordered by task: `envs.rollout`."""
+        return self.environments.rollout(policy, tasks, episodes)
+
+    def train_experts(self) -> ExpertFunction | None:
+        """Step 1: experts of the training tasks. None: there is nobody to ask.
+
+        Leaves experts.pt with the policies. The learners' whole state, replay included, is dropped
+        when they are done. A scripted expert needs no learning.
+        """
+        settings, journal = self.settings, self.journal
+        journal.env_steps.setdefault("experts", 0)
+        journal.wall_seconds.setdefault("experts", 0.0)
+        if settings.experts == "scripted":
+            self.experts = self.family.expert
+        elif settings.experts != "demonstrations":
+            if not (self.out / "experts.pt").exists():
+                with journal.timing("experts"):
+                    self._learn_experts()
+            content = journal.load("experts.pt", "experts")
+            (self.out / "experts_partial.pt").unlink(missing_ok=True)
+            self.experts = load_experts(content, self.device)
+        return self.experts
+
+    def demonstrate(self, experts: ExpertFunction | None) -> Demonstrations:
+        """Step 2: demonstrations of the experts, or the user's. Leaves demonstrations.npz."""
+        path, env_steps = self.out / "demonstrations.npz", 0
+        if not path.exists():
+            if self.demos is None:
+                with self.journal.timing("experts"):
+                    count = len(self.tasks) * self.settings.demonstration_episodes
+                    env = make_batch(self.family, count, self.threads)
+                    made, env_steps = make_demonstrations(env, experts, self.tasks, self.settings)
+                    env.close()
+            else:
+                made = self.demos[1]
+            write_atomically(path, lambda file: save_demonstrations(file, self.tasks, made,
+                                                                    env_steps))
+        # Read even when just made: a run that goes on sees the same bits.
+        try:
+            tasks, demonstrations, env_steps = read_demonstrations(path, self.family)
+        except UserError as error:
+            raise UserError(f"{error} (delete it, and the run makes it again)") from None
+        if self.demos is not None and not same_demonstrations(
+                (tasks, demonstrations), self.demos):
+            raise UserError(f"{path} holds other demonstrations: choose another folder with --out")
+        if self.state is None:  # else a checkpoint has counted them
+            self.journal.env_steps["experts"] += env_steps
+        return demonstrations
+
+    def meta_test(self, adapter) -> None:
+        """Keep the trained policy, adapt it to the held-out tasks, write down what it reaches.
+
+        result.json comes last: whoever finds it finds all the other files too.
+        """
+        self._close_bar()
+        if not (self.out / "policy.pt").exists():
+            self.journal.save("policy.pt", "policy", {"policy": self.state["policy"]})
+        (self.out / "policy_partial.pt").unlink(missing_ok=True)
+        settings, journal = self.settings, self.journal
+        with journal.timing("evaluation"):
+            tasks = task_set(self.family, "held_out", settings.held_out_tasks)
+            evaluation = evaluate(self.environments, adapter, tasks, max(TABLE_ROUNDS),
+                                  settings.test_episodes, settings.seed, self.experts,
+                                  progress=True)
+            lists = evaluation.lists
+            lists["experts_training"] = [] if self.experts is None else measure_experts(
+                evaluation, self.environments, self.experts, self.tasks)
+        result = result_of(self, evaluation, settings.seed) | {"curve": journal.curve} | lists
+        draw_plot(self.out, self.family, settings, journal.rows, lists)
+        draw_film(self.out, self.family, evaluation.stages, tasks)
+        write_json(self.out / "result.json", result)
+        print(closing_table(lists, self.family.task_unit))
+        print(closing_counts(result))
+        print(f"results in {self.out}")
+
+    # ---- behind them
+    def resume(self) -> None:
+        """Take counts, and the method's state if there is one, from the latest checkpoint."""
+        for name, kind in (("policy.pt", "policy"), ("policy_partial.pt", "policy in training"),
+                           ("experts.pt", "experts"), ("experts_partial.pt",
+                                                       "experts in training")):
+            content = self.journal.load(name, kind)
+            if content is not None:
+                self.journal.restore(content)
+                if "policy" in kind:
+                    self.state = {"policy": content["policy"],
+                                  "training": content.get("training")}
+                return
+
+    def collected(self, state: dict, metrics: dict) -> None:
+        """After a collection: metrics, a point of the curve, a checkpoint."""
+        self.state = state
+        before = [row["progress"] for row in self.journal.rows if row["phase"] == "meta_training"]
+        self.journal.note("meta_training", metrics)
+        points = self.settings.curve  # at most: the k-th once a share k / points is done
+        done = [int(share * points + 1e-9) for share in (max(before, default=0.0),
+                                                         metrics["progress"])]
+        if done[1] > done[0]:
+            self._add_to_curve(metrics["iteration"])
+        if self.bar is None:
+            total = round(metrics["iteration"] / metrics["progress"])
+            self.bar = progress_bar("meta-training", total, metrics["iteration"] - 1)
+        self.bar.set_postfix(describe(metrics), refresh=False)
+        self.bar.update()
+        if metrics["progress"] < 1:  # else `meta_test` keeps it, and follows at once
+            self.journal.save("policy_partial.pt", "policy in training", state)
+
+    def _add_to_curve(self, iteration: int) -> None:
+        """Measure the policy of this moment on validation tasks; its steps are counted apart."""
+        journal, settings = self.journal, self.settings
+        with journal.timing("curve"):
+            adapter = self.method.Adapter(self.state["policy"], self.family, settings, self.device)
+            adapter.references = {}
+            tasks = task_set(self.family, "validation", CURVE_TASKS)
+            evaluation = evaluate(self.environments, adapter, tasks, CURVE_ROUNDS,
+                                  settings.test_episodes, settings.seed, purpose="curve",
+                                  stream=iteration, explore_last=False)
+            spent = sum(journal.env_steps[phase] for phase in ("experts", "meta_training"))
+            journal.curve += curve_points(evaluation, spent)
+            journal.env_steps["curve"] = journal.env_steps.get("curve", 0) + evaluation.env_steps
+
+    def _learn_experts(self) -> None:
+        settings, journal = self.settings, self.journal
+        content = journal.load("experts_partial.pt", "experts in training")
         state = content and content["state"]
-        run.begin("experts")
-        env = BatchEnv(settings.training_tasks * settings.expert_episodes, run.family.expert_family, run.threads)
+        count = len(self.tasks) * settings.expert_episodes
+        env = make_batch(self.family.expert_family, count, self.threads)
         done = state["iteration"] if state else 0
-        with progress_bar(f"experts ({settings.experts})", settings.expert_iterations, done) as bar:
-            for experts, snapshot, metrics in train_experts(env, run.training_tasks, settings, state, run.device):
-                run.tick(metrics["env_steps"], metrics)
+        title = f"experts ({settings.experts})"
+        with progress_bar(title, settings.expert_iterations, done) as bar:
+            training = train_experts(env, self.tasks, settings, state, self.device)
+            for experts, snapshot, metrics in training:
+                journal.note("experts", metrics)
                 bar.set_postfix(describe(metrics), refresh=False)
                 bar.update()
                 if metrics["iteration"] == settings.expert_iterations:
-                    run.save(final, "experts", {"policy": [p.cpu() for p in experts.policy]})
+                    policy = [p.cpu() for p in experts.policy]
+                    journal.save("experts.pt", "experts", {"policy": policy})
                 elif metrics["iteration"] % EXPERT_CHECKPOINT_EVERY == 0:
-                    run.save(partial, "experts in training", {"state": snapshot()})
+                    journal.save("experts_partial.pt", "experts in training",
+                                 {"state": snapshot()})
         env.close()
-        content = load_checkpoint(run.out / final, "experts")
-    (run.out / partial).unlink(missing_ok=True)
-    return expert_policies(content, run.device)
+
+    def _close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def close(self) -> None:
+        self._close_bar()
+        self.environments.close()
 
 
-def expert_policies(content, device="cpu"):
+def train_and_test(problem: Problem) -> None:
+    """A whole run, from where its folder stands."""
+    problem.resume()
+    try:
+        with problem.journal.timing("meta_training"):
+            for state, metrics in problem.method.train(problem, problem.settings, problem.state):
+                problem.collected(state, metrics)
+    finally:
+        problem.close()
+
+
+# ---------------------------------------------------------------- files and what is in them
+def same_demonstrations(one: tuple, other: tuple) -> bool:
+    """Whether two (tasks, demonstrations) hold the same numbers."""
+    arrays = [{"tasks": tasks} | demonstrations.arrays() for tasks, demonstrations in (one, other)]
+    return arrays[0].keys() == arrays[1].keys() and all(
+        np.array_equal(value, arrays[1][name]) for name, value in arrays[0].items())
+
+
+def load_experts(content: dict, device="cpu") -> Experts:
     """`Experts` from the content of experts.pt."""
     settings = content["settings"]
     family = make_family(settings.task, settings.reward).expert_family
-    return Experts(family, [p.to(device) for p in content["policy"]], task_set(family, "train", settings.training_tasks),
+    tasks = task_set(family, "train", settings.training_tasks)
+    return Experts(family, [p.to(device) for p in content["policy"]], tasks,
                    settings.experts == "contextual")
 
 
-def demonstrations_phase(run, experts):
-    """Step 2. Leaves demonstrations.npz, from which a run that goes on reads them; returns them and their env steps."""
-    path, settings = run.out / "demonstrations.npz", run.settings
-    if not path.exists():
-        if run.demos is None:
-            run.begin("experts")
-            env = run.batch_env(settings.training_tasks * settings.demonstration_episodes)
-            *arrays, env_steps = make_demonstrations(env, experts, run.training_tasks, settings)
-            env.close()
-            run.tick()
-        else:
-            arrays, env_steps = run.demos[1], 0
-        write_atomically(path, lambda file: save_demonstrations(file, run.training_tasks, arrays, env_steps))
-    try:
-        tasks, arrays, env_steps = read_demonstrations(path, run.family)
-    except UserError as error:
-        raise UserError(f"{error} (delete it, and the run makes it again)") from None
-    if run.demos is not None and not all(map(np.array_equal, (run.demos[0], *run.demos[1]), (tasks, *arrays))):
-        raise UserError(f"{path} holds other demonstrations: choose another folder with --out")
-    return gmps.Demonstrations(*arrays), env_steps
+def load_adapter(folder: str | Path, device="cpu"):
+    """(family, adapter, content of policy.pt) from the folder of a trained policy."""
+    content = load_checkpoint(Path(folder) / "policy.pt", "policy")
+    settings = content["settings"]
+    family = make_family(settings.task, settings.reward)
+    method = baselines.load(settings.method)
+    return family, method.Adapter(content["policy"], family, settings, device), content
 
 
-def meta_training_phase(run, experts, demonstrations, demonstration_steps):
-    """Step 3. Leaves policy.pt: theta, alpha, advantage scales and the policy without adaptation."""
-    final, partial, settings = "policy.pt", "policy_partial.pt", run.settings
-    content = run.load(final, "policy")
-    if content is None:
-        content = run.load(partial, "policy in training")
-        state = content and content["state"]
-        run.begin("meta_training")
-        if content is None:
-            run.env_steps["experts"] += demonstration_steps  # counted as the experts', like the time they take
-            imitation = gmps.imitate(run.family, demonstrations, settings, run.device)
-            run.save(partial, "policy in training", {"state": None, "no_adaptation": imitation})
-        else:
-            imitation = content["no_adaptation"]
-        start, some = imitation, min(settings.exploring_tasks, settings.training_tasks)
-        if some and state is None:  # (a state brings its own theta)
-            start = gmps.imitate(run.family, demonstrations, settings, run.device, some)
-        env = run.batch_env(settings.training_tasks * settings.episodes)
-        with progress_bar("meta-training", settings.collections, state["collection"] if state else 0) as bar:
-            training = gmps.meta_train(env, run.training_tasks, demonstrations, experts, start, settings, state,
-                                       run.device)
-            for state, metrics in training:
-                run.tick(metrics["env_steps"], metrics)
-                bar.set_postfix(describe(metrics), refresh=False)
-                bar.update()
-                if state["collection"] == settings.collections:
-                    kept = {name: state[name] for name in ("theta", "alpha", "scales")}
-                    run.save(final, "policy", kept | {"no_adaptation": imitation})
-                else:
-                    run.save(partial, "policy in training", {"state": state, "no_adaptation": imitation})
-        env.close()
-        content = load_checkpoint(run.out / final, "policy")
-    (run.out / partial).unlink(missing_ok=True)
-    return content
+def method_label(settings, family: TaskFamily) -> str:
+    """Method and variant, for folders and result.json: "gmps", "gmps-local", "gmps-sparse"."""
+    variant = {"local": "-local", "demonstrations": "-demos"}.get(settings.experts, "")
+    unusual = "" if settings.reward == family.rewards[0] else f"-{settings.reward}"
+    return settings.method + variant + unusual
 
 
-# ---------------------------------------------------------------- evaluation
-def records(family, tasks, returns, distances, **extra):
-    """Entries of result.json, one for each task. Distances in the family's `task_unit`; `extra` goes into every entry."""
-    return [{"task": task.tolist(), **extra, "return": float(r), "final_distance": float(d),
-             "success": bool(d <= family.success_distance)} for task, r, d in zip(tasks, returns, distances)]
+def result_of(problem: Problem, evaluation: Evaluation, seed: int) -> dict:
+    """result.json but for its lists."""
+    journal = problem.journal
+    env_steps = journal.env_steps | {"evaluation": evaluation.env_steps}
+    divergences = journal.divergences | {"evaluation": evaluation.divergences}
+    phases = ("experts", "meta_training", "evaluation")
+    for counts, zero in ((env_steps, 0), (journal.wall_seconds, 0.0), (divergences, 0)):
+        for phase in phases:
+            counts.setdefault(phase, zero)
+    return {"task": problem.settings.task,
+            "method": method_label(problem.settings, problem.family), "seed": seed,
+            "commit": commit(), "commits": journal.commits, "env_steps": env_steps,
+            "wall_seconds": journal.wall_seconds, "divergences": divergences,
+            "device": str(problem.device), "machine": machine(problem.threads)}
 
 
-def measure_experts(family, experts, tasks, threads):
-    """Entries of result.json of the experts' mean actions, one episode a task, and its env steps."""
-    env = BatchEnv(len(tasks), family, threads)
-    episodes = run_experts(env, experts, tasks)
-    env.close()
-    return records(family, tasks, episodes["rewards"].sum(1), episodes["distances"][:, -1]), int(episodes["mask"].sum())
-
-
-def evaluate_policy(family, policy, experts, tasks, gradient_steps, rollouts, settings, seed, threads, device="cpu"):
-    """Adapt to `tasks` and measure. Returns the lists of result.json, env steps, and the adapted parameters of task 0."""
-    settings = dataclasses.replace(settings, episodes=rollouts)
-    theta, alpha, imitation = ({name: value.to(device) for name, value in policy[key].items()}
-                               for key in ("theta", "alpha", "no_adaptation"))
-    lists = {"held_out": [], "held_out_sampled": [], "experts_held_out": [], "no_adaptation": []}
-    env_steps, path = 0, None
-
-    chunks = np.array_split(tasks, -(-len(tasks) // 50))  # bounds memory, whatever the number of goals
-    with progress_bar("evaluation", len(tasks), 0) as bar:
-        for number, chunk in enumerate(chunks):
-            result = gmps.evaluate(family, theta, alpha, policy["scales"], chunk, gradient_steps, settings, seed,
-                                   threads, number)
-            path = path or [one_task(phi, 0) for phi in result["path"]]
-            for name, kind in (("held_out", "mean"), ("held_out_sampled", "sampled")):
-                for k in range(gradient_steps + 1):
-                    lists[name] += records(family, chunk, result[kind]["return"][k], result[kind]["distance"][k],
-                                           gradient_steps=k)
-            env = BatchEnv(len(chunk), family, threads)
-            without = collect(env, chunk, per_task(imitation, len(chunk)), settings, None)
-            env.close()
-            lists["no_adaptation"] += records(family, chunk, without["rewards"].sum(1), without["distances"][:, -1])
-            env_steps += result["env_steps"] + int(without["mask"].sum())
-            if getattr(experts, "contextual", False):
-                entries, steps = measure_experts(family, experts, chunk, threads)
-                lists["experts_held_out"] += entries
-                env_steps += steps
-            bar.set_postfix({"steps": f"{env_steps:,}", "return": f"{result['mean']['return'][-1].mean():.0f}",
-                             "dist": f"{result['mean']['distance'][-1].mean():.3f}"}, refresh=False)
-            bar.update(len(chunk))
-    return lists, env_steps, path
-
-
-def closing_table(lists, unit, title="held-out tasks"):
-    """Aligned text table of means over tasks."""
-    def row(label, records):
-        if not records:
-            return f"{label:<34}{'-':>8}{'-':>14}{'-':>10}"
-        mean = {key: np.mean([record[key] for record in records]) for key in ("return", "final_distance", "success")}
-        return f"{label:<34}{mean['return']:>8.1f}{mean['final_distance']:>14.4f}{100 * mean['success']:>9.0f}%"
-
-    steps = sorted({record["gradient_steps"] for record in lists["held_out"]})
-    shown = [k for k in steps if k in TABLE_STEPS or k == steps[-1]]
-    lines = [f"{title:<34}{'return':>8}{f'distance {unit}':>14}{'success':>10}"]
-    for name, label in (("held_out", "mean action"), ("held_out_sampled", "sampled actions")):
-        lines += [row(f"adapted, {k} step{'s' * (k != 1)}, {label}",
-                      [r for r in lists[name] if r["gradient_steps"] == k]) for k in shown]
-    return "\n".join([*lines, *(row(label, lists[name]) for name, label in LEVELS.items() if name in lists)])
-
-
-def closing_counts(result):
-    """The line below the closing table."""
-    counted = ", ".join(f"{phase.replace('_', '-')} {steps:,}" for phase, steps in result["env_steps"].items())
-    return f"environment steps: {counted}; wall time {sum(result['wall_seconds'].values()):.0f} s on {result['machine']}"
-
-
-def print_bands(family, lists):
-    """Final distance of the mean action after each gradient step, a row for each band of goals."""
-    shown = [k for k in (0, 1, 2, 3, 5, 10, 15, 20) if k <= lists["held_out"][-1]["gradient_steps"]]
-    print(f"{'final distance after steps':<28}" + "".join(f"{k:>8}" for k in shown))
-    for label, means in band_means(family, lists, "final_distance"):
-        print(f"{label:<28}" + "".join(f"{means[k]:>8.3f}" for k in shown))
-
-
-def evaluation_phase(run, policy, experts):
-    """Evaluate on the held-out tasks; writes result.json, plot and video."""
-    run.begin("evaluation")
-    settings = run.settings
-    tasks = task_set(run.family, "held_out", settings.held_out_tasks)
-    lists, env_steps, path = evaluate_policy(run.family, policy, experts, tasks, max(TABLE_STEPS),
-                                             settings.test_episodes, settings, settings.seed, run.threads, run.device)
-    lists["experts_training"] = []
-    if experts is not None:
-        lists["experts_training"], steps = measure_experts(run.family, experts, run.training_tasks, run.threads)
-        env_steps += steps
-    run.tick(env_steps)
-    result = {"task": settings.task, "method": "gmps", "seed": settings.seed, "commit": commit(),
-              "commits": run.commits, "env_steps": run.env_steps, "wall_seconds": run.wall_seconds,
-              "machine": machine(run.threads)} | lists
-    write_json(run.out / "result.json", result)
-    print(closing_table(lists, run.family.task_unit))
-    print(closing_counts(result))
-    draw_plot(run, lists)
-    draw_video(run, path, tasks[0])
-    print(f"results in {run.out}")
-
-
-def machine(threads):
-    return f"{platform.machine()} {platform.system()}, {os.cpu_count()} cores, {threads} threads, torch {torch.__version__}"
+def machine(threads: int) -> str:
+    return (f"{platform.machine()} {platform.system()}, {cpu_count()} cores, {threads} threads, "
+            f"torch {torch.__version__}")

@@ -1,116 +1,208 @@
-"""The policy that adapts, and its rollouts.
+"""The policy that adapts: parameters, from observations to actions, and acting in environments.
 
-An MLP on [observation, z] with a Gaussian of global log-std ("Guided Meta-Policy Search", Mendonca et al., NeurIPS 2019,
-and the authors' release). Letters in shape comments: n tasks, K episodes per task, T steps, B samples per task.
-Parameters are dicts of tensors; `theta` has no task axis, adapted parameters `phi` carry a leading task axis, so all
-tasks adapt in one batched product.
+A Gaussian whose mean is an MLP on [observation, z], z a learned input, with one log-std per action
+dimension ("Guided Meta-Policy Search", Mendonca et al., NeurIPS 2019, arXiv 1904.00956v2, and the
+authors' release). Policies that see images put convolutions in front.
+
+Parameters are dicts of tensors: `theta` without a task axis; adapted parameters `phi` with a
+leading one, so that all tasks adapt in one batched product. Convolutions do not adapt [release]
+and never have a task axis. Letters in shapes: n tasks, K episodes per task, T steps, B samples per
+task, F features.
 """
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from envs import correlated_noise, rollout
-from vision import KEYPOINTS, init_convolutions, keypoints
+Params = dict[str, torch.Tensor]
 
 
 # ---------------------------------------------------------------- parameters
-def init_policy(family, settings, generator, dtype=torch.float32):
-    """theta: MLP on [observation, z], plus z itself and the global log-std. Linear layers as torch.nn.Linear's.
+def init_policy(family, settings, generator: torch.Generator,
+                dtype: torch.dtype = torch.float32) -> Params:
+    """theta: MLP, z and log-std; convolutions too where the family has images.
 
-    For a family with images: convolutions too, whose points in the image come before the numbers of the observation.
+    Weights are drawn as torch.nn.Linear draws them. z starts at 0.
     """
     inputs = family.observation_size + (KEYPOINTS if family.image_shape else 0)
     sizes = [inputs + settings.bias_vector, settings.hidden, settings.hidden, family.action_size]
     theta = init_convolutions(generator, dtype) if family.image_shape else {}
     for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:]), start=1):
         bound = 1.0 / math.sqrt(fan_in)
-        theta[f"w{layer}"] = (torch.rand(fan_in, fan_out, generator=generator, dtype=dtype) * 2 - 1) * bound
-        theta[f"b{layer}"] = (torch.rand(1, fan_out, generator=generator, dtype=dtype) * 2 - 1) * bound
+        for name, rows in (("w", fan_in), ("b", 1)):
+            unit = torch.rand(rows, fan_out, generator=generator, dtype=dtype) * 2 - 1
+            theta[f"{name}{layer}"] = unit * bound
     theta["z"] = torch.zeros(1, settings.bias_vector, dtype=dtype)
     theta["log_std"] = torch.full((1, family.action_size), math.log(settings.init_std), dtype=dtype)
     return theta
 
 
-def shared(name):
-    """Whether all tasks share that parameter, adapted or not: the convolutions' do, and have no task axis in phi."""
+def is_convolution(name: str) -> bool:
+    """Whether all tasks share that parameter, adapted or not."""
     return name.startswith("conv")
 
 
-def per_task(theta, n):
-    """theta -> phi with a leading task axis of n, each task a view of the same parameters."""
-    return {name: value if shared(name) else value.expand(n, *value.shape) for name, value in theta.items()}
+def per_task(theta: Params, n: int) -> Params:
+    """theta -> phi: a leading task axis of n, each task a view of the same numbers."""
+    return {name: value if is_convolution(name) else value.expand(n, *value.shape)
+            for name, value in theta.items()}
 
 
-def one_task(phi, i):
-    """phi of task i alone, its task axis kept."""
-    return {name: value if shared(name) else value[i:i + 1] for name, value in phi.items()}
-
-
-def detached(params):
+def detached(params: Params) -> Params:
+    """A copy without gradients."""
     return {name: value.detach().clone() for name, value in params.items()}
 
 
 # ---------------------------------------------------------------- from observations to actions
-def scaled(family, observation, dtype=torch.float32):
-    return torch.as_tensor((observation - family.observation_centre) / family.observation_scale, dtype=dtype)
+def normalised(family, observation: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Observations (..., obs) in units of about one."""
+    scaled = (observation - family.observation_centre) / family.observation_scale
+    return torch.as_tensor(scaled, dtype=dtype)
 
 
-def see(phi, observation, image=None):
-    """What `policy_mean` takes: scaled observations (n, B, obs), behind the points found in images (n, B, ...), if any."""
-    return observation if image is None else torch.cat([keypoints(phi, image), observation], dim=-1)
+def features(params: Params, observation: torch.Tensor,
+             image: torch.Tensor | None = None) -> torch.Tensor:
+    """What the MLP takes: normalised observations (..., obs), behind keypoints of any images."""
+    if image is None:
+        return observation
+    return torch.cat([keypoints(params, image), observation], dim=-1)
 
 
-def seen(phi, batch):
-    """A batch with the numbers of its observation behind the points found in its images, if it has any."""
-    return batch | {"observation": see(phi, batch["observation"], batch.get("image"))}
-
-
-def policy_mean(phi, observation):
-    """Mean action (n, B, act) for scaled observations (n, B, obs), as `see` returns them."""
-    z = phi["z"].expand(-1, observation.shape[1], -1)
-    x = torch.cat([observation, z], dim=-1)
+def mean_action(phi: Params, x: torch.Tensor) -> torch.Tensor:
+    """Mean of the Gaussian, (n, B, act), for features x (n, B, F)."""
+    z = phi["z"].expand(-1, x.shape[1], -1)
+    x = torch.cat([x, z], dim=-1)
     x = torch.baddbmm(phi["b1"], x, phi["w1"]).relu()
     x = torch.baddbmm(phi["b2"], x, phi["w2"]).relu()
     return torch.baddbmm(phi["b3"], x, phi["w3"])
 
 
-def policy_std(phi, settings):
-    """(n, 1, act), never under the floor."""
+def action_std(phi: Params, settings) -> torch.Tensor:
+    """Standard deviation (n, 1, act), never below the floor."""
     return phi["log_std"].clamp(min=math.log(settings.min_std)).exp()
 
 
-def log_prob(phi, observation, action, settings):
-    """Gaussian log-probability (n, B) of actions (n, B, act)."""
-    std = policy_std(phi, settings)
-    deviation = (action - policy_mean(phi, observation)) / std
+def log_prob(phi: Params, x: torch.Tensor, action: torch.Tensor, settings) -> torch.Tensor:
+    """log pi_phi(a|s), (n, B), of actions (n, B, act) for features x (n, B, F).
+
+    Summed over action dimensions: they are independent.
+    """
+    std = action_std(phi, settings)
+    deviation = (action - mean_action(phi, x)) / std
     return (-0.5 * deviation.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-# ---------------------------------------------------------------- rollouts
-def policy_input(family, phi, observation):
-    """What an environment returned for n tasks' episodes in order -> input of `policy_mean`, (n, B, ...)."""
-    n, dtype, device = len(phi["z"]), phi["z"].dtype, phi["z"].device
-    split = lambda x: x.to(device).view(n, -1, *x.shape[1:])  # noqa: E731
-    if not family.image_shape:
-        return split(scaled(family, observation, dtype))
-    return see(phi, split(scaled(family, observation["hand"], dtype)), split(torch.as_tensor(observation["image"])))
+# ---------------------------------------------------------------- acting
+def correlated_noise(shape: tuple[int, ...], correlation: float,
+                     generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Endless standard normal noise, each correlated with the one before [ours].
 
-
-@torch.no_grad()
-def collect(env, tasks, phi, settings, generator):
-    """Roll out phi_i on task i, `env.num_envs / n` episodes each. `generator` None: mean actions.
-
-    Returns the episodes of `envs.rollout`, environments ordered by task.
+    An ant that is controlled at 100 Hz moves its legs only by noise that lasts. Each step's noise
+    is still standard normal by itself. Given the state it is not, since earlier noise has shaped
+    the state. The inner loss takes the densities of single steps: with lasting noise they are an
+    approximation.
     """
-    n, std = len(tasks), policy_std(phi, settings)
-    noise = None if generator is None else correlated_noise((n, env.num_envs // n, env.family.action_size),
-                                                            settings.noise_correlation, generator)
+    noise = torch.randn(shape, generator=generator)
+    while True:
+        yield noise
+        fresh = torch.randn(shape, generator=generator)
+        noise = correlation * noise + math.sqrt(1 - correlation ** 2) * fresh
 
-    def act(observation):
-        mean = policy_mean(phi, policy_input(env.family, phi, observation))
-        # Not clipped here: the environment clips, and log pi must be that of the Gaussian's own sample.
-        action = mean if noise is None else mean + std * next(noise).to(mean)
+
+class Actor:
+    """pi_phi_i on task i, for `envs.rollout`: environments are ordered by task.
+
+    `generator` gives the exploration noise; None: mean actions. The actor keeps what its MLP saw,
+    so that a policy gradient need not run the convolutions again.
+    """
+
+    def __init__(self, phi: Params, family, settings, generator: torch.Generator | None = None):
+        self.phi, self.family, self.settings = phi, family, settings
+        self.generator, self.noise, self.seen = generator, None, []
+
+    @torch.no_grad()
+    def __call__(self, observation, last=None, explore: bool = True) -> np.ndarray:
+        """Actions (n * K, act) for what n * K environments returned; `last` is not needed."""
+        x = self.network_input(observation)
+        mean = mean_action(self.phi, x)
+        if self.generator is None or not explore:
+            return mean.flatten(0, 1).cpu().numpy()
+        self.seen.append(x.cpu())
+        if self.noise is None:
+            self.noise = correlated_noise(tuple(mean.shape), self.settings.noise_correlation,
+                                          self.generator)
+        # Not clipped here: the environment clips, and log pi must be that of the sample itself.
+        action = mean + action_std(self.phi, self.settings) * next(self.noise).to(mean)
         return action.flatten(0, 1).cpu().numpy()
 
-    return rollout(env, act, np.repeat(tasks, env.num_envs // n, axis=0))
+    def network_input(self, observation) -> torch.Tensor:
+        """Features (n, K, F) of the observations of n * K environments."""
+        z = self.phi["z"]
+
+        def by_task(x):
+            return x.to(z.device).view(len(z), -1, *x.shape[1:])
+        if not self.family.image_shape:
+            return by_task(normalised(self.family, observation, z.dtype))
+        return features(self.phi, by_task(normalised(self.family, observation["hand"], z.dtype)),
+                        by_task(torch.as_tensor(observation["image"])))
+
+    def with_features(self, episodes: dict) -> dict:
+        """The episodes, and "features" (n, K, T, F): what the MLP saw while exploring them."""
+        return episodes | {"features": torch.stack(self.seen, dim=2)}
+
+
+def explore(phi: Params, problem, settings, episodes: int, generator: torch.Generator) -> dict:
+    """`episodes` rollouts of pi_phi_i on each training task i, with what the policy saw."""
+    actor = Actor(phi, problem.family, settings, generator)
+    return actor.with_features(problem.rollout(actor, problem.tasks, episodes))
+
+
+# ---------------------------------------------------------------- convolutions: images to points
+KEYPOINTS, FILTERS = 32, 16  # numbers: x and y of a point for each of 16 filters
+CONVOLUTIONS = ((3, 5, 3), (FILTERS, 3, 3), (FILTERS, 3, 1))  # channels, kernel, stride [release]
+SHARPNESS = 10.0  # of the soft-argmax [ours]: points spread over the image from the start
+CHUNK = 500       # images at a time: intermediate results then fit into a processor's cache
+
+
+def init_convolutions(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Params:
+    """conv1_w, conv1_b .. conv3_w, drawn as torch.nn.Conv2d draws them.
+
+    The last has no bias: it would move no point.
+    """
+    theta = {}
+    for layer, (channels, kernel, _) in enumerate(CONVOLUTIONS, start=1):
+        bound = 1.0 / math.sqrt(channels * kernel * kernel)
+        for name, shape in (("w", (FILTERS, channels, kernel, kernel)), ("b", (FILTERS,))):
+            unit = torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1
+            theta[f"conv{layer}_{name}"] = unit * bound
+    del theta[f"conv{layer}_b"]
+    return theta
+
+
+def soft_argmax(maps: torch.Tensor) -> torch.Tensor:
+    """Feature maps (B, C, rows, columns) -> (B, 2C): x of every map's point, then y.
+
+    A point is the mean position under the softmax over the map (Levine et al. 2016, section 5.1),
+    in [-1, 1] from edge to edge.
+    """
+    batch, channels, rows, columns = maps.shape
+    share = maps.flatten(2).softmax(-1).view(batch, channels, rows, columns)
+    x = share.sum(2) @ torch.linspace(-1, 1, columns, dtype=maps.dtype, device=maps.device)
+    y = share.sum(3) @ torch.linspace(-1, 1, rows, dtype=maps.dtype, device=maps.device)
+    return torch.cat([x, y], dim=1)
+
+
+def keypoints(theta: Params, image: torch.Tensor) -> torch.Tensor:
+    """Images (..., rows, columns, 3) uint8 -> points (..., 32), differentiable in theta."""
+    def chunk(images):
+        x = images.permute(0, 3, 1, 2).to(theta["conv1_w"].dtype) * (2 / 255) - 1
+        for layer, (_, kernel, stride) in enumerate(CONVOLUTIONS, start=1):
+            x = torch.nn.functional.conv2d(
+                x.relu() if layer > 1 else x, theta[f"conv{layer}_w"],
+                theta.get(f"conv{layer}_b"), stride, padding=kernel // 2)
+        return soft_argmax(SHARPNESS * x)
+
+    flat = image.reshape(-1, *image.shape[-3:])
+    points = torch.cat([chunk(images) for images in flat.split(CHUNK)])
+    return points.view(*image.shape[:-3], KEYPOINTS)

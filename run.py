@@ -1,108 +1,126 @@
 """One command from nothing to an evaluated meta-policy.
 
-    python run.py --task push                       # experts, demonstrations, meta-training, evaluation, plot, video
-    python run.py --task push --quick               # the same phases on tiny budgets, under a minute
-    python run.py --task all --seeds 3              # every task and seeds 0, 1, 2, one after the other
-    python run.py --task push --evaluate DIR --goals goals.npy --gradient-steps 3 --rollouts 20 --out DIR2
-    python run.py --task ant --evaluate DIR --extrapolate --out DIR2    # goals outside the arc, 20 gradient steps
-    python run.py --task door --demos demonstrations.npz                # from demonstrations alone
+    python run.py --task push                       # experts, demonstrations, meta-training, test
+    python run.py --task push --quick               # the same phases on tiny budgets, in a minute
+    python run.py --task all --seeds 3              # every task, seeds 0, 1, 2, one after the other
+    python run.py --task push --method multitask    # another method, see baselines/
+    python run.py --task push --evaluate DIR --goals goals.npy --gradient-steps 3 --out DIR2
+    python run.py --task ant --evaluate DIR --extrapolate --out DIR2    # goals outside the arc
+    python run.py --task door --demos demonstrations.npz                # demonstrations alone
 
-A run goes on from its last checkpoint when it is started again with the same command. This file is the
-command line; the phases are in phases.py.
+A run that is started again by the same command goes on from its last checkpoint. This file is the
+command line; what happens then is in phases.py.
 """
 import argparse
 import dataclasses
-import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from loky import cpu_count
 
+import baselines
 import settings as settings_module
-from envs import FAMILIES, make_family, task_set
-from files import (
+from baselines import METHODS
+from checkpoints import (
     UserError,
     commit,
     load_checkpoint,
+    locked,
     open_evaluation,
-    open_folder,
+    open_run,
     read_demonstrations,
     read_goals,
     write_json,
 )
+from envs import make_family, task_set
+from evaluate import band_table, closing_table, evaluate
+from local_policies import Demonstrations
 from phases import (
-    Run,
-    closing_table,
-    demonstrations_phase,
-    evaluate_policy,
-    evaluation_phase,
-    expert_policies,
-    experts_phase,
-    machine,
-    meta_training_phase,
-    print_bands,
+    Problem,
+    load_adapter,
+    load_experts,
+    method_label,
+    result_of,
+    train_and_test,
 )
-from pictures import draw_extrapolation
-from vision import Camera, NoOpenGL
+from tasks import TASKS
+from tasks.rendering import Camera, NoOpenGL
+from tools.pictures import draw_extrapolation
 
 
+# ---------------------------------------------------------------- options
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (python run.py --help lists what there is)")
 
 
-def parse(arguments):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="push", help=f"one of {', '.join(FAMILIES)}, or all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1, one after the other")
-    parser.add_argument("--reward", choices=("dense", "sparse"), help="default: the task's usual one")
-    parser.add_argument("--experts", choices=("contextual", "local"),
-                        help="one expert that is told the goal, or one learner per training task (door: scripted)")
-    parser.add_argument("--demos", type=Path, metavar="FILE",
-                        help="npz file of demonstrations (tasks, observations, actions): meta-train from them alone")
-    parser.add_argument("--out", type=Path,
-                        help="output folder (default runs/TASK/gmps/seedSEED; with --evaluate DIR/evaluation)")
-    parser.add_argument("--device", default="cpu", help="for the networks: cpu or cuda")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of simulator and networks (default: all)")
-    parser.add_argument("--quick", action="store_true", help="every phase on tiny budgets, under a minute")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change a setting of settings.py")
-    parser.add_argument("--evaluate", type=Path, metavar="DIR", help="adapt the trained policy in DIR instead of training")
-    parser.add_argument("--goals", type=Path, help="with --evaluate: npy file of goals (default: the held-out goals), "
-                        "(n, 2) in metres for push, push-vision and ant, (n, 1) in radians for door")
-    parser.add_argument("--gradient-steps", type=int, help="with --evaluate (default 5; 20 with --extrapolate)")
-    parser.add_argument("--rollouts", type=int,
-                        help="with --evaluate: per task and gradient step (default 20, for the ant 50)")
-    parser.add_argument("--extrapolate", action="store_true",
-                        help="with --evaluate, ant: goals 15, 30 and 45 degrees outside the training arc, and the figure")
+def make_parser(method: str) -> Parser:
+    """The parser; its help ends with the settings of that method."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog=settings_module.help_text(baselines.load(method).Settings))
+    option = parser.add_argument
+    option("--task", default="push", help=f"one of {', '.join(TASKS)}, or all")
+    option("--method", default="gmps", help=f"one of {', '.join(METHODS)}")
+    option("--seed", type=int, default=0)
+    option("--seeds", type=int, metavar="N", help="seeds 0 to N - 1, one after the other")
+    option("--reward", help="default: the task's usual one")
+    option("--experts", choices=("contextual", "local"),
+           help="one expert that is told the goal, or one learner per training task")
+    option("--demos", type=Path, metavar="FILE",
+           help="npz with tasks, observations, actions: meta-train from demonstrations alone")
+    option("--out", type=Path, help="output folder (default: runs/TASK/METHOD/seedSEED; with "
+           "--evaluate: DIR/evaluation)")
+    option("--device", default="cpu", help="for the networks: cpu or cuda")
+    option("--threads", type=int, default=cpu_count(),
+           help="of simulator and networks (default: all cores that this process may use)")
+    option("--quick", action="store_true", help="every phase on tiny budgets, under a minute")
+    option("--set", action="append", default=[], metavar="NAME=VALUE",
+           help="change a setting; they are listed below")
+    option("--evaluate", type=Path, metavar="DIR", help="adapt the policy in DIR, train nothing")
+    option("--goals", type=Path, help="with --evaluate: npy file of goals (n, task), in metres or "
+           "radians (default: the held-out goals)")
+    option("--gradient-steps", type=int,
+           help="with --evaluate: rounds of adaptation (default 5; 20 with --extrapolate)")
+    option("--rollouts", type=int, help="with --evaluate: episodes per task and round (default "
+           "20, ant 50)")
+    option("--extrapolate", action="store_true",
+           help="with --evaluate: goals outside the training range, and the figure (ant)")
+    return parser
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Options that go together; UserError otherwise."""
+    first = Parser(add_help=False)
+    first.add_argument("--method", default="gmps")
+    try:
+        parser = make_parser(first.parse_known_args(arguments)[0].method)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     options = parser.parse_args(arguments)
-    if options.task not in (*FAMILIES, "all"):
-        raise UserError(f"unknown task {options.task!r}: choose one of {', '.join(FAMILIES)}, or all")
-    for name, value, low, high in (("--seed", options.seed, 0, 2 ** 31 - 1), ("--threads", options.threads, 1, 1024),
-                                   ("--seeds", options.seeds, 1, 1000), ("--rollouts", options.rollouts, 2, 10_000),
-                                   ("--gradient-steps", options.gradient_steps, 0, 1000)):
+    if options.task not in (*TASKS, "all"):
+        raise UserError(f"unknown task {options.task!r}: choose one of {', '.join(TASKS)}, or all")
+    for name, low, high in (("seed", 0, 2 ** 31 - 1), ("threads", 1, 1024), ("seeds", 1, 1000),
+                            ("rollouts", 2, 10_000), ("gradient_steps", 0, 1000)):
+        value = getattr(options, name)
         if value is not None and not low <= value <= high:
-            raise UserError(f"{name} must be between {low} and {high}, not {value}")
-    only_evaluation = ("goals", "gradient_steps", "rollouts", "extrapolate")
-    only_training = ("quick", "set", "seeds", "reward", "experts", "demos")
-    if options.evaluate is None:
-        for name in only_evaluation:
-            if getattr(options, name) not in (None, False):
-                raise UserError(f"--{name.replace('_', '-')} goes with --evaluate DIR: train without it")
-    else:
-        for name in only_training:
-            if getattr(options, name):
-                raise UserError(f"--{name} is for training: leave it out beside --evaluate")
+            raise UserError(f"{flag(name)} must be between {low} and {high}, not {value}")
+    training = options.evaluate is None
+    for name in ("goals", "gradient_steps", "rollouts", "extrapolate"):
+        if training and getattr(options, name) not in (None, False):
+            raise UserError(f"{flag(name)} goes with --evaluate DIR: train without it")
+    for name in ("quick", "set", "seeds", "reward", "experts", "demos"):
+        if not training and getattr(options, name):
+            raise UserError(f"{flag(name)} is for training: leave it out beside --evaluate")
     if options.seeds and options.seed:
         raise UserError("--seeds N runs seeds 0 to N - 1: leave --seed out")
-    if options.task == "all" and (options.evaluate or options.demos or options.reward or options.experts):
-        raise UserError("--task all takes no --evaluate, --demos, --reward or --experts: name one task")
+    if options.task == "all" and (options.evaluate or options.demos or options.reward
+                                  or options.experts):
+        raise UserError("--task all takes no --evaluate, --demos, --reward or --experts: name one "
+                        "task")
     if options.demos and options.experts:
         raise UserError("--demos asks no experts: leave --experts out")
-    if options.extrapolate and options.task != "ant":
-        raise UserError("--extrapolate goes with --task ant alone")
     if options.extrapolate and options.goals:
         raise UserError("--extrapolate has its own goals: leave --goals out")
     try:
@@ -114,32 +132,46 @@ def parse(arguments):
     return options
 
 
-def choose_settings(options, task, seed, demos=None):
-    """Settings of one run from the command line: the defaults, then the task's, then those of the options."""
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# ---------------------------------------------------------------- settings
+Demos = tuple[np.ndarray, Demonstrations]
+
+
+def choose_settings(options, task: str, seed: int,
+                    demos: Demos | None = None) -> settings_module.Settings:
+    """Settings of one run: the defaults, then the task family's, then those of the options."""
+    kind = baselines.load(options.method).Settings
     try:
-        given = {"task": task, "seed": seed} | {name: getattr(options, name) for name in ("reward", "experts")
-                                                if getattr(options, name) is not None}
-        if demos is not None:
-            given |= {"experts": "demonstrations", "training_tasks": len(demos[0])}
-        local = options.experts == "local" and task != "ant"  # its numbers are push's
-        preset = settings_module.TASKS[task] | (settings_module.LOCAL if local else {})
-        preset = preset | (settings_module.QUICK if options.quick else {})
-        changed = settings_module.from_strings(options.set)
-        if demos is not None:
-            for name in changed.keys() & {"training_tasks", "aggregation_episodes"}:
-                raise UserError(f"--set {name}: --demos brings its own tasks, and nobody to label further states")
-            preset = preset | {"aggregation_episodes": 0}
-            usual = settings_module.TASKS[task]
-            if "exploring_tasks" in usual:  # the same share of the user's tasks
-                preset["exploring_tasks"] = round(usual["exploring_tasks"] * len(demos[0]) / usual["training_tasks"])
-        for name in ("task", "seed", "experts", "reward"):
+        family = make_family(task, options.reward)
+        given = {"task": task, "method": options.method, "seed": seed, "reward": family.reward}
+        if options.experts is not None:
+            given["experts"] = options.experts
+        preset = dict(family.settings)
+        if options.experts == "local":
+            preset |= family.local_settings
+        if options.quick:
+            preset |= settings_module.QUICK
+        changed = settings_module.from_strings(options.set, kind)
+        for name in ("task", "method", "seed", "experts", "reward"):
             if name in changed:
                 raise UserError(f"--set {name}: use --{name}")
-        chosen = settings_module.Settings(**(preset | changed | given))
-        family = make_family(task, chosen.reward)
+        if demos is not None:
+            for name in changed.keys() & {"training_tasks", "aggregation_episodes"}:
+                raise UserError(f"--set {name}: --demos brings its own tasks, and nobody to label "
+                                "further states")
+            given |= {"experts": "demonstrations", "training_tasks": len(demos[0])}
+            preset |= {"aggregation_episodes": 0}
+            if "pre_update_tasks" in preset:  # the same share of the user's tasks
+                share = preset["pre_update_tasks"] / family.settings["training_tasks"]
+                preset["pre_update_tasks"] = round(share * len(demos[0]))
+        chosen = kind(**(preset | changed | given))
     except ValueError as error:
         raise UserError(str(error)) from None
-    if (chosen.experts == "scripted") != hasattr(family, "expert") and chosen.experts != "demonstrations":
+    if chosen.experts != "demonstrations" and (
+            (chosen.experts == "scripted") != (family.expert is not None)):
         raise UserError(f"{task} has no {chosen.experts} experts")
     if family.image_shape and chosen.aggregation_episodes:
         raise UserError(f"{task} learns from demonstrations alone: leave aggregation_episodes at 0")
@@ -149,7 +181,7 @@ def choose_settings(options, task, seed, demos=None):
     return chosen
 
 
-def check_camera(family):
+def check_camera(family) -> None:
     """UserError, before any work, where a family's pictures cannot be taken."""
     if family.image_shape:
         try:
@@ -158,101 +190,123 @@ def check_camera(family):
             raise UserError(str(error)) from None
 
 
-def train(options):
-    """The runs that the command line names, one after the other; of several, those that are finished are left alone."""
-    tasks = list(FAMILIES) if options.task == "all" else [options.task]
+def sorted_demonstrations(path: Path, task: str) -> Demos:
+    """The user's demonstrations, by task: settings.pre_update_tasks counts from the last."""
+    tasks, given, _ = read_demonstrations(path, make_family(task))
+    order = np.lexsort(tasks.T[::-1])
+    return tasks[order], Demonstrations(**{name: array[order]
+                                           for name, array in given.arrays().items()})
+
+
+# ---------------------------------------------------------------- the two commands
+def train(options) -> None:
+    """The runs that the command line names, one after the other; finished ones are left alone."""
+    tasks = list(TASKS) if options.task == "all" else [options.task]
     seeds = [options.seed] if options.seeds is None else list(range(options.seeds))
     several = len(tasks) * len(seeds) > 1
-    demos = None
-    if options.demos:
-        tasks_there, arrays, _ = read_demonstrations(options.demos, make_family(options.task))
-        order = np.lexsort(tasks_there.T[::-1])  # settings.exploring_tasks counts from the last
-        demos = tasks_there[order], tuple(array[order] for array in arrays)
-    chosen = {task: choose_settings(options, task, options.seed, demos) for task in tasks}  # bad ones end it before any run
+    demos = sorted_demonstrations(options.demos, options.task) if options.demos else None
+    # Bad options end it before any run.
+    chosen = {task: choose_settings(options, task, options.seed, demos) for task in tasks}
     for task in tasks:
         for seed in seeds:
             settings = dataclasses.replace(chosen[task], seed=seed)
-            kind = {"local": "_local", "demonstrations": "_demos"}.get(settings.experts, "")
-            kind += f"_{settings.reward}" if settings.reward != FAMILIES[task].rewards[0] else ""
-            kind += "_quick" if options.quick else ""
-            out = options.out or Path("runs") / task / "gmps" / f"seed{seed}{kind}"
+            label = method_label(settings, make_family(task))
+            folder = f"seed{seed}" + "_quick" * options.quick
+            out = options.out or Path("runs") / task / label / folder
             if options.out and several:
                 out = options.out / task / f"seed{seed}"
             if several:
                 print(f"---- {task}, seed {seed}: {out}", flush=True)
-            run = Run(settings, out, options.device, options.threads, demos)
-            open_folder(out, settings)
-            if several and (out / "result.json").exists():
-                print("finished before")
-                continue
-            train_one(run)
+            with locked(out):
+                open_run(out, settings)
+                if several and (out / "result.json").exists():
+                    print("finished before")
+                else:
+                    train_one(Problem(settings, out, options.device, options.threads, demos))
 
 
-def train_one(run):
-    """All phases of one run."""
-    print("settings: " + ", ".join(f"{name}={value}" for name, value in dataclasses.asdict(run.settings).items()))
-    experts = experts_phase(run)
-    demonstrations, demonstration_steps = demonstrations_phase(run, experts)
-    policy = meta_training_phase(run, experts, demonstrations, demonstration_steps)
-    evaluation_phase(run, policy, experts)
+def train_one(problem: Problem) -> None:
+    """One run."""
+    changed = [f"{spec.name}={getattr(problem.settings, spec.name)}"
+               for spec in dataclasses.fields(problem.settings)
+               if getattr(problem.settings, spec.name) != spec.default]
+    print(f"settings other than the defaults: {', '.join(changed) or 'none'} (all of them in "
+          f"{problem.out / 'settings.json'})")
+    train_and_test(problem)
 
 
-def evaluate(options):
+def evaluate_saved(options) -> None:
     """Adapt the policy in a folder to the user's goals."""
-    if options.evaluate.is_file():
-        raise UserError(f"--evaluate takes the folder that holds policy.pt: {options.evaluate} is a file")
-    policy = load_checkpoint(options.evaluate / "policy.pt", "policy")
-    settings = policy["settings"]
+    source = options.evaluate
+    if source.is_file():
+        raise UserError(f"--evaluate takes the folder that holds policy.pt: {source} is a file")
+    family, adapter, content = load_adapter(source, options.device)
+    settings = content["settings"]
     if settings.task != options.task:
-        raise UserError(f"{options.evaluate} holds a policy for {settings.task}: give --task {settings.task}")
-    family = make_family(settings.task, settings.reward)
+        raise UserError(f"{source} holds a policy for {settings.task}: give --task {settings.task}")
     check_camera(family)
-    rollouts = options.rollouts or settings.test_episodes
-    gradient_steps = (20 if options.extrapolate else 5) if options.gradient_steps is None else options.gradient_steps
+    bands = family.bands()
+    if options.extrapolate and not bands:
+        raise UserError(f"{settings.task} has no goals outside its training range: --extrapolate "
+                        "goes with --task ant")
     if options.extrapolate:
-        goals = np.concatenate([goals for _, goals in family.bands()])
+        goals = np.concatenate([goals for _, goals in bands])
     elif options.goals:
         goals = read_goals(options.goals, family)
     else:
         goals = task_set(family, "held_out", settings.held_out_tasks)
-    experts, experts_file = None, options.evaluate / "experts.pt"
-    if settings.experts == "scripted":
-        experts = family.expert
-    elif experts_file.exists():
-        content = load_checkpoint(experts_file, "experts")
-        if content["settings"] != settings:
-            raise UserError(f"{experts_file} is of another run than the policy beside it: bring its own, or none")
-        experts = expert_policies(content, options.device)
-    out = options.out or options.evaluate / "evaluation"
-    open_evaluation(out)
-    started = time.perf_counter()
-    lists, env_steps, _ = evaluate_policy(family, policy, experts, goals, gradient_steps, rollouts, settings, options.seed,
-                                          options.threads, options.device)
-    seconds = policy["wall_seconds"] | {"evaluation": time.perf_counter() - started}
-    write_json(out / "result.json", {
-        "task": settings.task, "method": "gmps", "seed": options.seed, "commit": commit(), "trained_seed": settings.seed,
-        "commits": policy["commits"] | {"evaluation": [commit()]},
-        "env_steps": policy["env_steps"] | {"evaluation": env_steps}, "wall_seconds": seconds, "rollouts": rollouts,
-        "machine": machine(options.threads)} | lists)
-    if options.extrapolate:
-        print_bands(family, lists)
-        draw_extrapolation(out, family, lists)
-    else:
-        print(closing_table(lists, family.task_unit, "your goals" if options.goals else "held-out tasks"))
+    rounds, episodes = options.gradient_steps, options.rollouts or settings.test_episodes
+    if rounds is None:
+        rounds = 20 if options.extrapolate else 5
+    out = options.out or source / "evaluation"
+    with locked(out):
+        open_evaluation(out)
+        problem = Problem(settings, out, options.device, options.threads)
+        problem.journal.restore(content)
+        with problem.journal.timing("evaluation"):
+            evaluation = evaluate(problem.environments, adapter, goals, rounds, episodes,
+                                  options.seed, experts_beside(source, family, content, options),
+                                  progress=True)
+        problem.close()
+        lists = evaluation.lists
+        write_json(out / "result.json", result_of(problem, evaluation, options.seed) | {
+            "trained_seed": settings.seed, "rollouts": episodes} | lists)
+        if options.extrapolate:
+            print(band_table(family, lists))
+            draw_extrapolation(out, family, lists)
+        else:
+            title = "your goals" if options.goals else "held-out tasks"
+            print(closing_table(lists, family.task_unit, title))
     print(f"results in {out}")
 
 
-def main(arguments=None):
+def experts_beside(folder: Path, family, content: dict, options):
+    """The experts of the same run, where there are any: they show what a goal allows."""
+    path = folder / "experts.pt"
+    if content["settings"].experts == "scripted":
+        return family.expert
+    if not path.exists():
+        return None
+    experts = load_checkpoint(path, "experts")
+    if experts["settings"] != content["settings"]:
+        raise UserError(f"{path} is of another run than the policy beside it: bring its own, or "
+                        "none")
+    return load_experts(experts, options.device)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     try:
         options = parse(arguments)
         torch.set_num_threads(options.threads)
         commit()  # that of the code as loaded; files may change under a long run
-        (evaluate if options.evaluate else train)(options)
+        (train if options.evaluate is None else evaluate_saved)(options)
     except (UserError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped: a run goes on from its last checkpoint by the same command", file=sys.stderr)
+        print("stopped: a run goes on from its last checkpoint by the same command",
+              file=sys.stderr)
         return 130
     return 0
 

@@ -1,14 +1,13 @@
 """Soft actor-critic for many learners at once.
 
-All learners train as one batch of networks: every weight has a leading learner axis, so one batched matrix product
-serves all of them.
+All learners train as one batch of networks: every weight has a leading learner axis, so one batched
+matrix product serves all of them.
 
-Source: "Soft Actor-Critic Algorithms and Applications" (Haarnoja et al. 2018b, arXiv 1812.05905v2), equation numbers
-below. Letters in shape comments: N learners, B batch.
+Source: "Soft Actor-Critic Algorithms and Applications" (Haarnoja et al. 2018b, arXiv 1812.05905v2);
+equation numbers below are its own. Letters in shapes: N learners, B batch. `settings` are those of
+settings.py whose names begin with "expert_".
 """
-import contextlib
 import copy
-import ctypes
 import math
 
 import torch
@@ -16,34 +15,27 @@ import torch
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
-def keep_freed_memory():
-    """Let glibc keep tensors of up to 32 MB once freed (no effect elsewhere).
+# ---------------------------------------------------------------- networks, one per learner
+def init_mlp(sizes: list[int], learners: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Weights [w1, b1, w2, b2, ...], drawn as torch.nn.Linear draws them.
 
-    It would hand them back to the system and fetch them anew at every operation; the page faults cost a fifth of an
-    update of 20 learners. Constants of malloc.h: M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1, M_TOP_PAD -2.
+    w has shape (learners, in, out), b (learners, 1, out).
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, size in ((-3, 32 << 20), (-1, 512 << 20), (-2, 128 << 20)):
-            mallopt(option, size)
-
-
-# ---------------------------------------------------------------- networks with a leading learner axis
-def init_mlp(sizes, learners, generator):
-    """Weights [w1, b1, w2, b2, ...]: w (learners, in, out), b (learners, 1, out), torch.nn.Linear's distribution."""
     params = []
     for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
         bound = 1.0 / math.sqrt(fan_in)
-        params.append((torch.rand(learners, fan_in, fan_out, generator=generator) * 2 - 1) * bound)
-        params.append((torch.rand(learners, 1, fan_out, generator=generator) * 2 - 1) * bound)
+        for rows in (fan_in, 1):
+            unit = torch.rand(learners, rows, fan_out, generator=generator) * 2 - 1
+            params.append(unit * bound)
     return params
 
 
-def mlp(params, x):
-    """(N, B, in) -> (N, B, out); between layers layer normalisation (Ba et al. 2016, no gain, no bias) and ReLU.
+def mlp(params: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """(N, B, in) -> (N, B, out). Between layers: layer normalisation (no gain, no bias) and ReLU.
 
-    The normalisation is [ours]. In critics it bounds what they say of actions never tried (Ball et al. 2023, arXiv
-    2302.02948); the policy has it as well. Experts need fewer steps with it (README, "Deviations").
+    The normalisation (Ba et al. 2016) is [ours]. It bounds what critics say of actions never tried
+    (Ball et al. 2023, arXiv 2302.02948). The policy has it as well. Experts need fewer steps with
+    it (docs/deviations.md).
     """
     for layer in range(0, len(params), 2):
         x = torch.baddbmm(params[layer + 1], x, params[layer])
@@ -52,51 +44,68 @@ def mlp(params, x):
     return x
 
 
-def policy_sample(params, observation, noise):
-    """Tanh-Gaussian policy: actions (N, B, act) and their log-probabilities (N, B); `noise` is standard normal."""
+def squashed_sample(params: list[torch.Tensor], observation: torch.Tensor,
+                    noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tanh-Gaussian policy: actions (N, B, act) and log-probabilities (N, B).
+
+    `noise` (N, B, act) is standard normal.
+    """
     mean, log_std = mlp(params, observation).chunk(2, dim=-1)
-    # a clamp has zero gradient outside its range, where log-std would stay for good; a tanh has not
+    # A clamp has no gradient outside its range, where log-std would stay for good. A tanh has one.
     log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
     pre_tanh = mean + log_std.exp() * noise
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    # log(1 - tanh(u)^2) in a form that stays finite for large |u| (the SAC paper's appendix on action bounds)
-    log_prob = log_prob - 2 * (math.log(2) - pre_tanh - torch.nn.functional.softplus(-2 * pre_tanh))
+    # minus log(1 - tanh(u)^2), in a form that stays finite for large |u| (the paper's appendix C)
+    log_prob = log_prob - 2 * (math.log(2) - pre_tanh
+                               - torch.nn.functional.softplus(-2 * pre_tanh))
     return torch.tanh(pre_tanh), log_prob.sum(-1)
 
 
-def policy_mean(params, observation):
+def squashed_mean(params: list[torch.Tensor], observation: torch.Tensor) -> torch.Tensor:
     """Deterministic action (N, B, act): tanh of the Gaussian's mean."""
     return torch.tanh(mlp(params, observation).chunk(2, dim=-1)[0])
 
 
-def critic_values(params, observation, action):
-    """Both critics of each learner: (2, N, B). Critic weights have a leading axis of 2N."""
+def critic_values(params: list[torch.Tensor], observation: torch.Tensor,
+                  action: torch.Tensor) -> torch.Tensor:
+    """Both critics of each learner, (2, N, B). Critic weights have a leading axis of 2N."""
     learners = observation.shape[0]
     x = torch.cat([observation, action], dim=-1)
     return mlp(params, x.repeat(2, 1, 1)).view(2, learners, -1)
 
 
-# ---------------------------------------------------------------- the three objectives (Haarnoja et al. 2018b)
-def critic_loss(critic, target_critic, policy, temperature, batch, noise):
-    """Soft Bellman residual (Eq. 5, 6), summed over learners. `batch` as of `Replay.sample`, `temperature` (N, 1)."""
+# ---------------------------------------------------------------- the three objectives
+def critic_loss(critic, target_critic, policy, temperature: torch.Tensor, batch: dict,
+                noise: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """Soft Bellman residual (Eq. 5, 6), summed over learners.
+
+    `batch` is that of `local_policies.Replay.sample`, `temperature` (N, 1).
+    """
     with torch.no_grad():
-        next_action, next_log_prob = policy_sample(policy, batch["next_observation"], noise)
+        next_action, next_log_prob = squashed_sample(policy, batch["next_observation"], noise)
         next_value = critic_values(target_critic, batch["next_observation"], next_action).amin(0)
+        soft_value = next_value - temperature * next_log_prob
         # A time limit is no end of the task: only `terminated` stops the bootstrap.
-        target = batch["reward"] + batch["discount"] * (1 - batch["terminated"]) * (next_value - temperature * next_log_prob)
+        going_on = batch["discount"] * (1 - batch["terminated"])
+        target = batch["reward"] + going_on * soft_value
     value = critic_values(critic, batch["observation"], batch["action"])
     return 0.5 * (value - target).square().mean(-1).sum(), {"value": value.mean()}
 
 
-def policy_loss(policy, critic, temperature, batch, noise):
+def policy_loss(policy, critic, temperature: torch.Tensor, batch: dict,
+                noise: torch.Tensor) -> tuple[torch.Tensor, dict]:
     """E[temperature * log pi - min Q] (Eq. 7, reparametrised as Eq. 9), summed over learners."""
-    action, log_prob = policy_sample(policy, batch["observation"], noise)
+    action, log_prob = squashed_sample(policy, batch["observation"], noise)
     value = critic_values(critic, batch["observation"], action).amin(0)
     return (temperature * log_prob - value).mean(-1).sum(), {"log_prob": log_prob.detach()}
 
 
-def temperature_loss(log_temperature, log_prob, target_entropy):
-    """E[-temperature * (log pi + target entropy)] (Eq. 18), summed over learners; `log_temperature` (N, 1)."""
+def temperature_loss(log_temperature: torch.Tensor, log_prob: torch.Tensor,
+                     target_entropy: float) -> torch.Tensor:
+    """E[-temperature * (log pi + target entropy)] (Eq. 18), summed over learners.
+
+    `log_temperature` (N, 1), `log_prob` (N, B).
+    """
     return -(log_temperature.exp() * (log_prob + target_entropy)).mean(-1).sum()
 
 
@@ -104,14 +113,15 @@ def temperature_loss(log_temperature, log_prob, target_entropy):
 class SoftActorCritic:
     """N independent learners in one set of batched tensors."""
 
-    def __init__(self, learners, observation_size, action_size, settings, device="cpu"):
-        keep_freed_memory()
+    def __init__(self, learners: int, observation_size: int, action_size: int, settings,
+                 device="cpu"):
         self.settings, self.learners, self.action_size = settings, learners, action_size
         self.device = torch.device(device)
         generator = torch.Generator().manual_seed(settings.seed)
         hidden = [settings.expert_width] * 2
         policy = init_mlp([observation_size, *hidden, 2 * action_size], learners, generator)
-        critic = init_mlp([observation_size + action_size, *hidden, 1], 2 * learners, generator)
+        critic = init_mlp([observation_size + action_size, *hidden, 1], 2 * learners,
+                          generator)
         self.policy = [p.to(self.device).requires_grad_() for p in policy]
         self.critic = [p.to(self.device).requires_grad_() for p in critic]
         self.target_critic = [p.detach().clone() for p in self.critic]
@@ -122,29 +132,33 @@ class SoftActorCritic:
                            "temperature": torch.optim.Adam([self.log_temperature], **rate)}
         self.target_entropy = settings.expert_entropy * action_size
 
-    def update(self, batch, generator):
-        """One gradient step of critics, policies and temperatures. Returns a dict of scalars (detached tensors)."""
+    def update(self, batch: dict, generator: torch.Generator) -> dict:
+        """One gradient step of critics, policies and temperatures. Returns detached scalars."""
         shape = (2, *batch["action"].shape)
         next_noise, noise = torch.randn(shape, generator=generator).to(self.device)
         temperature = self.log_temperature.detach().exp()
 
-        loss, info = critic_loss(self.critic, self.target_critic, self.policy, temperature, batch, next_noise)
+        loss, info = critic_loss(self.critic, self.target_critic, self.policy, temperature, batch,
+                                 next_noise)
         self._minimise("critic", loss, self.critic)
 
-        frozen = [p.detach() for p in self.critic]  # the policy's loss asks for no critic gradients
+        frozen = [p.detach() for p in self.critic]  # the policy's loss asks no critic gradients
         actor_loss, actor_info = policy_loss(self.policy, frozen, temperature, batch, noise)
         self._minimise("policy", actor_loss, self.policy)
 
-        self._minimise("temperature", temperature_loss(self.log_temperature, actor_info["log_prob"],
-                                                       self.target_entropy), [self.log_temperature])
+        entropy_loss = temperature_loss(self.log_temperature, actor_info["log_prob"],
+                                        self.target_entropy)
+        self._minimise("temperature", entropy_loss, [self.log_temperature])
         torch._foreach_lerp_(self.target_critic, frozen, self.settings.expert_target_rate)
-        return {"critic_loss": loss.detach() / (2 * self.learners), "policy_loss": actor_loss.detach() / self.learners,
+        return {"critic_loss": loss.detach() / (2 * self.learners),
+                "policy_loss": actor_loss.detach() / self.learners,
                 "value": info["value"].detach(), "temperature": temperature.mean()}
 
-    def set_learning_rate(self, progress):
-        """Learning rates fall linearly to a tenth as `progress` goes from 0 to 1: late policies are steady."""
+    def set_learning_rate(self, progress: float) -> None:
+        """Rates fall to a tenth as `progress` goes from 0 to 1: late policies are steady."""
         for optimiser in self.optimisers.values():
-            optimiser.param_groups[0]["lr"] = self.settings.expert_learning_rate * (1.0 - 0.9 * progress)
+            rate = self.settings.expert_learning_rate * (1.0 - 0.9 * progress)
+            optimiser.param_groups[0]["lr"] = rate
 
     def _minimise(self, name, loss, params):
         for param, gradient in zip(params, torch.autograd.grad(loss, params)):
@@ -152,20 +166,22 @@ class SoftActorCritic:
         self.optimisers[name].step()
 
     @torch.no_grad()
-    def act(self, observation, noise=None):
-        """Actions (N, B, act) for observations (N, B, obs): with standard normal `noise` (N, B, act), else the mean."""
+    def act(self, observation: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Actions (N, B, act): sampled with standard normal `noise` (N, B, act), else the mean."""
         if noise is None:
-            return policy_mean(self.policy, observation)
-        return policy_sample(self.policy, observation, noise)[0]
+            return squashed_mean(self.policy, observation)
+        return squashed_sample(self.policy, observation, noise)[0]
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """A copy: later updates do not reach it."""
         return copy.deepcopy({
-            "policy": [p.detach() for p in self.policy], "critic": [p.detach() for p in self.critic],
+            "policy": [p.detach() for p in self.policy],
+            "critic": [p.detach() for p in self.critic],
             "target_critic": self.target_critic, "log_temperature": self.log_temperature.detach(),
-            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()}})
+            "optimisers": {name: optimiser.state_dict()
+                           for name, optimiser in self.optimisers.items()}})
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict) -> None:
         with torch.no_grad():
             for name in ("policy", "critic", "target_critic"):
                 for own, saved in zip(getattr(self, name), state[name], strict=True):

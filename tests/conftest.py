@@ -1,7 +1,8 @@
-"""What the tests share: small helpers, a tiny run from start to end, and a quiet folder for each test."""
+"""What the tests share: small helpers, a tiny run from start to end, a quiet folder for each."""
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,26 +10,28 @@ import torch
 
 import phases
 import run
-from envs import SawyerPush
+from envs import Environments, make_family
 from settings import Settings
 
-HERE = Path(__file__).parent
-REFERENCE = HERE.parent / "shared" / "reference"
-PUSH = SawyerPush()
+HERE = Path(__file__).parent.parent
+REFERENCE = HERE.parent / "shared" / "reference"  # recorded episodes; users do not have them
+PUSH = make_family("push")
 HORIZON = PUSH.horizon
-TINY = Settings(hidden=8, bias_vector=2, init_std=0.6, min_std=0.3, init_step_size=0.1, pre_update_imitation=0.3,
-                episodes=2, imitation_batch=16)
+TINY = Settings(hidden=8, bias_vector=2, init_std=0.6, min_std=0.3, init_step_size=0.1,
+                pre_update_imitation=0.3, episodes=2, imitation_batch=16)
 
 
 @pytest.fixture(autouse=True)
-def _quiet_folder(tmp_path, monkeypatch):
-    """Tests run in a folder of their own (MuJoCo leaves its log in the current one), on one thread."""
+def quiet_folder(tmp_path, monkeypatch):
+    """Tests run in a folder of their own (MuJoCo leaves its log there), on one thread."""
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
 
 
+# ---------------------------------------------------------------- environments
 def random_actions(num_envs, seed=0, steps=HORIZON):
-    return np.random.default_rng(seed).uniform(-1, 1, (steps, num_envs, 3)).astype(np.float32)
+    rng = np.random.default_rng(seed)
+    return rng.uniform(-1, 1, (steps, num_envs, 3)).astype(np.float32)
 
 
 def record(env, actions, task):
@@ -42,7 +45,7 @@ def record(env, actions, task):
 
 
 def push_north(steps=HORIZON, num_envs=1):
-    """Actions that push the block a decimetre or two in +y, with some x motion: rewards of every term."""
+    """Actions that push the block a decimetre or two in +y, with some x motion."""
     actions = np.zeros((steps, num_envs, 3), np.float32)
     actions[..., 1] = 0.8
     actions[..., 0] = 0.1 * np.sin(np.arange(steps))[:, None] + 0.05 * np.arange(num_envs)
@@ -50,14 +53,25 @@ def push_north(steps=HORIZON, num_envs=1):
 
 
 def scripted_expert(observations, tasks):
-    """Pushes in +y until the block's y is the goal's, and steers x: (n, B, 6), (n, 2) -> (n, B, 3)."""
+    """Pushes in +y until the block's y is the goal's, and steers x: (n, B, 6), (n, 2) -> (n, B, 3).
+    """
     to_goal = tasks[:, None] - observations[..., 3:5]
     motion = np.concatenate([10 * to_goal, np.zeros_like(to_goal[..., :1])], axis=-1)
     return np.clip(motion, -1, 1).astype(np.float32)
 
 
+def make_problem(tasks, demonstrations=None, experts=None, family=PUSH, meta_test=None):
+    """A stand-in for phases.Problem: what a method's `train` is given."""
+    environments = Environments(family, 1)
+    return SimpleNamespace(
+        family=family, tasks=tasks, device="cpu", train_experts=lambda: experts,
+        demonstrate=lambda _: demonstrations, rollout=environments.rollout,
+        meta_test=meta_test or (lambda adapter: None))
+
+
+# ---------------------------------------------------------------- numbers
 def numpy_mlp(params, learner, x):
-    """One vector through one learner's network, layer by layer; layer normalisation and ReLU between them."""
+    """One vector through one learner's network; layer normalisation and ReLU between layers."""
     weights = [p[learner].detach().double().numpy() for p in params]
     for layer in range(0, len(weights), 2):
         x = x @ weights[layer] + weights[layer + 1][0]
@@ -66,8 +80,16 @@ def numpy_mlp(params, learner, x):
     return x
 
 
+def reference_forward(phi, observation):
+    """(mean, hidden layers) of one task's policy in numpy."""
+    x = np.concatenate([observation, np.tile(phi["z"], (len(observation), 1))], axis=1)
+    h1 = np.maximum(x @ phi["w1"] + phi["b1"], 0)
+    h2 = np.maximum(h1 @ phi["w2"] + phi["b2"], 0)
+    return h2 @ phi["w3"] + phi["b3"], (x, h1, h2)
+
+
 def finite_difference(tensor, function, step=1e-5):
-    """Central differences of `function()` with respect to every element of `tensor`, changed in place."""
+    """Central differences of `function()` by every element of `tensor`, changed in place."""
     out, flat = torch.zeros_like(tensor, requires_grad=False), tensor.detach().view(-1)
     for i in range(flat.numel()):
         saved = flat[i].item()
@@ -92,25 +114,19 @@ def through_bytes(state):
     return torch.load(buffer, weights_only=True)
 
 
-def reference_forward(phi, observation):
-    """(mean, hidden layers) of one task's policy in numpy."""
-    x = np.concatenate([observation, np.tile(phi["z"], (len(observation), 1))], axis=1)
-    h1 = np.maximum(x @ phi["w1"] + phi["b1"], 0)
-    h2 = np.maximum(h1 @ phi["w2"] + phi["b2"], 0)
-    return h2 @ phi["w3"] + phi["b3"], (x, h1, h2)
-
-
 # ---------------------------------------------------------------- tiny runs of the whole command
-BUDGET = dict(training_tasks=2, held_out_tasks=2, expert_iterations=8, expert_updates=2, expert_episodes=2,
-              expert_width=8, expert_batch=16, demonstration_episodes=3, imitation_steps=3, hidden=8, episodes=3,
-              collections=3, meta_steps=2, inner_steps=2, aggregation_episodes=1, imitation_batch=10, test_episodes=3)
-ARGUMENTS = ["--quick", "--threads", "1", *(f"--set={name}={value}" for name, value in BUDGET.items())]
+BUDGET = dict(training_tasks=2, held_out_tasks=2, expert_iterations=8, expert_updates=2,
+              expert_episodes=2, expert_width=8, expert_batch=16, demonstration_episodes=3,
+              imitation_steps=3, hidden=8, episodes=3, collections=3, meta_steps=2, inner_steps=2,
+              aggregation_episodes=1, imitation_batch=10, test_episodes=3)
+ARGUMENTS = ["--quick", "--threads", "1",
+             *(f"--set={name}={value}" for name, value in BUDGET.items())]
 
 
 def start(*arguments):
-    """`run.main` in this process, without the pictures' seconds."""
+    """`run.main` in this process, without the film's seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phases, "draw_video", lambda *_: None)
+        patch.setattr(phases, "draw_film", lambda *_: None)
         return run.main([str(argument) for argument in arguments])
 
 

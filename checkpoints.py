@@ -1,0 +1,217 @@
+"""Files of a run: atomic writes, checkpoints, locks, JSON, goals and demonstrations from a user.
+
+Whatever goes wrong here is a `UserError`: one line that says what to do.
+"""
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+
+import baselines
+import settings as settings_module
+from local_policies import Demonstrations, load_demonstrations
+from tasks.base import TaskFamily, check_tasks
+
+FORMAT = "gmps checkpoint 3"  # 3: settings by component, one alpha axis for steps, a digest
+DIGEST = b"sha256:"           # then 64 letters, at the end of a checkpoint
+
+
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit code 2."""
+
+
+# ---------------------------------------------------------------- writing
+def write_atomically(path: Path, write: Callable, mode: str = "wb") -> None:
+    """Write to a neighbour, then rename.
+
+    A reader, or a run that is killed at any moment, finds the old file or the new one.
+    """
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, mode) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror or error}; what was saved before is "
+                        "intact: make room and run the same command again to go on") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_atomically(path, lambda file: file.write(text), "w")
+
+
+def save_checkpoint(path: Path, kind: str, settings, content: dict) -> None:
+    """A file that torch.load reads, with a digest behind it."""
+    buffer = io.BytesIO()  # torch.save hides a full disk behind an exception of its own
+    torch.save({"format": FORMAT, "kind": kind, "settings": dataclasses.asdict(settings),
+                **content}, buffer)
+    body = buffer.getvalue()
+    digest = DIGEST + hashlib.sha256(body).hexdigest().encode()
+    write_atomically(path, lambda file: file.write(body + digest))
+
+
+# ---------------------------------------------------------------- reading
+def load_checkpoint(path: Path, kind: str) -> dict:
+    """What `save_checkpoint` wrote, verified; UserError for a missing, damaged or foreign file."""
+    damaged = UserError(f"{path} is truncated, damaged or not a checkpoint of this program: name "
+                        "another folder, or delete it to train anew")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"no {path}: train first, or name the folder of a finished run") from None
+    except OSError:
+        raise damaged from None
+    body, digest = raw[:-len(DIGEST) - 64], raw[-len(DIGEST) - 64:]
+    whole = digest == DIGEST + hashlib.sha256(body).hexdigest().encode()
+    try:
+        content = torch.load(io.BytesIO(body if whole else raw), weights_only=True,
+                             map_location="cpu")
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error, TypeError,
+            AttributeError, pickle.UnpicklingError):
+        raise damaged from None
+    written = content.get("format") if isinstance(content, dict) else None
+    ours = isinstance(written, str) and written.startswith(FORMAT.rstrip("0123456789"))
+    if ours and written != FORMAT:
+        raise UserError(f"{path} was written by another version of this program: use that version, "
+                        "or train anew in another folder")
+    if not ours or content.get("kind") != kind:
+        raise UserError(f"{path} is not a {kind} checkpoint of this program: delete it, or name "
+                        "another folder")
+    if not whole:
+        raise damaged
+    try:
+        method = baselines.load(content["settings"]["method"])
+        content["settings"] = settings_module.from_dict(content["settings"], method.Settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} was written with other settings ({error}): use the version that "
+                        "wrote it, or train anew in another folder") from None
+    return content
+
+
+def read_goals(path: Path, family: TaskFamily) -> np.ndarray:
+    """(n, task) from an npy file."""
+    advice = f"save an array of shape (n, {family.task_size}) with numpy.save"
+    try:
+        with open(path, "rb") as file:  # numpy leaves a truncated archive open that it opened
+            goals = np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"no goals file {path}: {advice}") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{path} is no npy file: {advice}") from None
+    if not isinstance(goals, np.ndarray):
+        raise UserError(f"{path} is an npz archive, not an npy file: {advice}")
+    try:
+        return check_tasks(family, goals)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_demonstrations(path: Path, family: TaskFamily) -> tuple[np.ndarray, Demonstrations, int]:
+    """What `local_policies.load_demonstrations` gives, its tasks checked."""
+    try:
+        tasks, demonstrations, env_steps = load_demonstrations(path, family)
+        return check_tasks(family, tasks), demonstrations, env_steps
+    except FileNotFoundError:
+        raise UserError(f"no demonstrations file {path}: --demos takes an npz with tasks, "
+                        "observations, actions") from None
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile,
+            zlib.error) as error:
+        reason = "it is truncated or no npz file"
+        if isinstance(error, ValueError):
+            reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: {reason}") from None
+
+
+# ---------------------------------------------------------------- folders
+@contextlib.contextmanager
+def locked(out: Path):
+    """Create `out` and hold its lock: two runs in one folder would spoil each other's files.
+
+    The system frees the lock of a process that ends, however it ends.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".write_test").touch()
+        (out / ".write_test").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to the output folder {out}: {error.strerror}; choose "
+                        "another with --out") from None
+    lock = filelock.FileLock(out / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(f"another process works in {out}: wait for it, or choose another folder "
+                        "with --out") from None
+    with lock:  # counts once more; both are released below
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def open_run(out: Path, settings) -> None:
+    """Check that a locked folder holds this run's settings, or none yet."""
+    saved, wanted = out / "settings.json", dataclasses.asdict(settings)
+    if saved.exists():
+        try:
+            found = json.loads(saved.read_text())
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{saved} is not readable: delete the folder or choose another with "
+                            "--out")
+        if found != wanted:
+            other = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
+            raise UserError(f"{out} holds another run (other {', '.join(other[:4])}): choose "
+                            "another folder with --out")
+    elif (out / "result.json").exists():
+        raise UserError(f"{out} holds another result.json: choose another folder with --out")
+    else:
+        write_json(saved, wanted)
+
+
+def open_evaluation(out: Path) -> None:
+    """Check that a locked folder holds nothing but an evaluation, or nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        result = out / "result.json"
+        trained = (out / "settings.json").exists()
+        if trained or "trained_seed" not in json.loads(result.read_text()):
+            raise UserError(f"{out} holds a training run: choose another folder with --out")
+
+
+@functools.cache
+def commit() -> str:
+    """Commit of the code when first asked, at the program's start.
+
+    "-dirty" where code that a run may use differs from it, "unknown" outside a checkout.
+    """
+    folder = Path(__file__).parent
+
+    def git(*arguments):
+        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        changed = git("status", "--porcelain", "--", "*.py", ":!test_gmps.py", ":!tests",
+                      ":!tools", ":!examples")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,165 @@
+"""The contract of a task family: everything that the rest of the code asks of one.
+
+A *task family* (push, ant, ...) is a robot, an observation and a reward with a hole in it. A *task*
+fills the hole: two numbers for a goal on the table, one for an angle. The policy never sees it.
+
+Write a subclass of `MujocoFamily` (a MuJoCo model, stepped in batches) or of `GymnasiumFamily` (any
+`gymnasium.Env`, slower), and add its line to `TASKS` in tasks/__init__.py. docs/fork.md has a
+complete example. "..." in a shape stands for any leading axes, also none.
+"""
+import abc
+
+import gymnasium
+import numpy as np
+
+
+class TaskFamily:
+    """What learning, tables and films ask of every family. Subclass one of the two below."""
+
+    # ---- Required
+    name: str                   # what --task takes; the key in tasks.TASKS
+    observation_size: int       # numbers that the policy sees; the task is not among them
+    action_size: int            # numbers of an action, each in [-1, 1]
+    task_size: int              # numbers that make a task
+    horizon: int                # steps of an episode
+    task_low: np.ndarray        # (task_size,) range of the training distribution:
+    task_high: np.ndarray       # (task_size,) experts see the task scaled by it
+    success_distance: float     # a final distance of at most this is a success, in `task_unit`
+
+    # ---- Optional: tasks and rewards
+    task_unit = "m"             # of tasks and of `distance`; "rad" shows as degrees in tables
+    task_limits = None          # (low, high): tasks outside are refused. None: the range above
+    rewards = ("dense",)        # what --reward offers; the usual one first
+    outcome_size = 0            # numbers that hold all a reward for any task needs. 0: rewards are
+                                # not computed anew for other tasks, and experts learn more slowly
+    # ---- Optional: learning
+    observation_centre = 0.0    # networks see (observation - centre) / scale,
+    observation_scale = 1.0     # numbers or arrays (observation_size,)
+    baseline_products = ()      # entries of the observation whose products the baseline sees
+    image_shape = None          # (rows, columns, 3) where the policy also sees a picture
+    expert = None               # scripted: (n, B, obs), (n, task) -> (n, B, act). None: learn one
+    settings = {}               # what this family wants other than the defaults of settings.py
+    local_settings = {}         # and what it wants besides with --experts local
+
+    # ---- Optional: what people see
+    table = ("final distance (m)", 1.0, 4)  # column title, its units per `task_unit`, digits
+    published = {}              # {list or phase of result.json: what the authors' release reached}
+    frames_every = 1            # steps per frame of the film, which plays 20 frames a second
+
+    def __init__(self, reward: str | None = None):
+        self.reward = reward or self.rewards[0]
+
+    @property
+    def expert_family(self) -> "TaskFamily":
+        """The family whose observation experts see: this one, unless the policy sees pictures."""
+        return self
+
+    def sample_tasks(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        """(count, task_size) random tasks of the training distribution: uniform in its range."""
+        return generator.uniform(self.task_low, self.task_high, (count, self.task_size))
+
+    def training_tasks(self, count: int) -> np.ndarray:
+        """(count, task_size) tasks to train on, the same at every call: here a fixed draw."""
+        return self.sample_tasks(np.random.default_rng(101), count)
+
+    def reward_terms(self, outcome: np.ndarray, action: np.ndarray,
+                     task: np.ndarray) -> dict[str, np.ndarray]:
+        """Weighted terms (...,) whose sum is the reward of a step, for any task.
+
+        `outcome` (..., outcome_size) is that after the step, `action` (..., action_size) is
+        clipped, `task` (..., task_size). Needed where outcome_size is not 0.
+        """
+        raise TypeError(f"{type(self).__name__} has an outcome_size but no reward_terms")
+
+    def bands(self) -> list[tuple[str, np.ndarray]]:
+        """[(label, tasks)] inside and outside the training range for --extrapolate; none here."""
+        return []
+
+
+class MujocoFamily(TaskFamily, abc.ABC):
+    """A MuJoCo model whose environments `envs.BatchEnv` steps together.
+
+    The camera named "video" in the model takes the film. B is the number of environments.
+    """
+    frame_skip: int             # physics steps per environment step
+    control_spec: int           # mjtState bits that an action changes (motor signals, mocap, ...)
+    observation_limit = np.inf  # bound of gymnasium's observation space
+    goal_size = (0.02, 0.02, 0.002)  # of the mark that a film shows: radius, radius, half height
+
+    @abc.abstractmethod
+    def xml(self) -> str:
+        """The model as MJCF text."""
+
+    @abc.abstractmethod
+    def start(self, model):
+        """The one start state of all episodes, as MjData."""
+
+    @abc.abstractmethod
+    def observe(self, state: np.ndarray, sensors: np.ndarray) -> np.ndarray:
+        """Full physics states (B, state) and sensor readings (B, sensors) -> (B, observation)."""
+
+    @abc.abstractmethod
+    def outcome(self, state: np.ndarray, sensors: np.ndarray) -> np.ndarray:
+        """-> (B, outcome_size): all that the reward of any task needs of a state."""
+
+    @abc.abstractmethod
+    def distance(self, outcome: np.ndarray, task: np.ndarray) -> np.ndarray:
+        """How far from solved, (...,) in `task_unit`: `outcome` (..., outcome), `task` (..., task).
+        """
+
+    @abc.abstractmethod
+    def next_control(self, control: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """Control (B, control) after actions (B, act) already clipped to [-1, 1]."""
+
+    def ended(self, state: np.ndarray) -> np.ndarray:
+        """(B,) bool: who ends before the horizon. Nobody, here."""
+        return np.zeros(len(state), bool)
+
+    @abc.abstractmethod
+    def goal_position(self, task: np.ndarray) -> np.ndarray:
+        """(3,) where a film marks the goal."""
+
+
+class GymnasiumFamily(TaskFamily, abc.ABC):
+    """Any `gymnasium.Env`, stepped by gymnasium's own vector environment.
+
+    The environment must take `reset(options={"task": task})`, and put "goal_distance" (a number in
+    `task_unit`: how far from solved) into the info of every step. With an outcome_size it also puts
+    "outcome" (outcome_size,) there. A film needs render_mode "rgb_array".
+    """
+
+    @abc.abstractmethod
+    def make_env(self, render_mode: str | None = None) -> gymnasium.Env:
+        """One environment with this family's reward, `self.reward`."""
+
+
+# ---------------------------------------------------------------- tasks that a user gives
+def check_tasks(family: TaskFamily, tasks) -> np.ndarray:
+    """`tasks` as a float array (n, task_size); ValueError, in one line, where it is not one."""
+    size = family.task_size
+    try:
+        if np.iscomplexobj(tasks):
+            raise ValueError
+        tasks = np.asarray(tasks, dtype=float)
+    except (TypeError, ValueError):
+        raise ValueError(f"goals must be numbers of shape (n, {size})") from None
+    if tasks.ndim != 2 or tasks.shape[1] != size or not len(tasks):
+        raise ValueError(f"goals must have shape (n, {size}) with n >= 1, not {tasks.shape}")
+    finite = np.isfinite(tasks).all(1)
+    if not finite.all():
+        raise ValueError(f"goals must be finite; row {int(np.argmin(finite))} is not")
+    low, high = map(np.asarray, family.task_limits or (family.task_low, family.task_high))
+    outside = ((tasks < low) | (tasks > high)).any(1)
+    if outside.any():
+        row = int(np.argmax(outside))
+        raise ValueError(f"goal {tasks[row].tolist()} in row {row} is out of range: give "
+                         f"{family.task_unit} between {low.tolist()} and {high.tolist()}")
+    return tasks
+
+
+def task_of_each(family: TaskFamily, task, num_envs: int) -> np.ndarray:
+    """One task (task_size,) for all, or one each: (num_envs, task_size)."""
+    rows = check_tasks(family, np.atleast_2d(task))
+    if len(rows) not in (1, num_envs):
+        raise ValueError(f"options['task'] has {len(rows)} rows for {num_envs} environments")
+    return np.broadcast_to(rows, (num_envs, family.task_size)).copy()

@@ -1,0 +1,58 @@
+"""Plain gymnasium environments, stepped by gymnasium's own vector environment."""
+import gymnasium
+import numpy as np
+
+from tasks.base import GymnasiumFamily, task_of_each
+from tasks.rendering import NoOpenGL
+
+
+class TaskOption(gymnasium.Wrapper):
+    """Starts an environment of a vector with a task of its own."""
+    next_task = None
+
+    def reset(self, *, seed=None, options=None):
+        return self.env.reset(seed=seed, options={"task": self.next_task})
+
+
+class GymnasiumBatch:
+    """B environments of a `GymnasiumFamily`, with the part of BatchEnv's API that learning uses.
+
+    Environment j begins every rollout with seed j, so that a run repeats to the last bit.
+    """
+
+    def __init__(self, num_envs: int, family: GymnasiumFamily, render_mode: str | None = None):
+        def make():
+            env = family.make_env(render_mode)
+            box = env.action_space
+            if not (np.all(box.low == -1) and np.all(box.high == 1)):
+                env = gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
+            return TaskOption(env)
+        self.num_envs, self.family = num_envs, family
+        self.vector = gymnasium.vector.SyncVectorEnv([make] * num_envs)
+
+    def reset(self, *, options: dict):
+        tasks = task_of_each(self.family, options["task"], self.num_envs)
+        self.vector.set_attr("next_task", list(tasks))
+        observation, info = self.vector.reset(seed=0)
+        self.outcomes = np.zeros((self.num_envs, self.family.outcome_size))
+        return np.asarray(observation, dtype=float), info
+
+    def step(self, actions: np.ndarray):
+        dtype = self.vector.single_action_space.dtype
+        observation, reward, terminated, truncated, info = self.vector.step(
+            np.clip(actions, -1.0, 1.0).astype(dtype))
+        if "goal_distance" not in info:
+            raise ValueError(f'{self.family.name}: step() must put "goal_distance" into its info')
+        if self.family.outcome_size:
+            self.outcomes = np.array(info["outcome"], dtype=float)
+        return np.asarray(observation, dtype=float), reward, terminated, truncated, info
+
+    def render(self) -> np.ndarray:
+        """Picture (rows, columns, 3) of the first environment."""
+        picture = self.vector.envs[0].render()
+        if picture is None:
+            raise NoOpenGL(f"{self.family.name} renders no rgb_array")
+        return picture
+
+    def close(self):
+        self.vector.close()

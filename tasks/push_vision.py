@@ -1,0 +1,55 @@
+"""Push from images: Sawyer push, seen through a camera.
+
+Source: the paper's vision task with the camera pose and the picture sizes of the authors' release;
+which 48 x 64 of the 84 x 84 pixels are kept is [ours].
+"""
+import math
+
+import numpy as np
+
+from tasks.sawyer_push import SawyerPush
+
+CAMERA_POSE = 'pos="0 1.3 0.5" euler="-0.78 0 3.14159"'  # in front of the robot, looking back
+PICTURE = 84                # pixels a side of the release's picture
+FIELD_OF_VIEW = math.radians(45)
+# Kept: the table from y = 0.35 to 0.95 m, x within 0.28 m at the start and 0.2 m at the end.
+CROP_TOP, CROP_LEFT = 10, 10
+
+
+class SawyerPushVision(SawyerPush):
+    """Push a block to a hidden goal; the block's position is not observed either.
+
+    Observation: image (48, 64, 3) uint8, and hand (3,): hand x, y, z in metres. The goal leaves no
+    mark in the image. Action, task, reward and episode are those of `SawyerPush`. Experts, known at
+    meta-training only, see its state.
+    """
+    name = "push-vision"
+    observation_size, image_shape = 3, (48, 64, 3)  # numbers beside the image; the image
+    observation_centre, observation_scale = np.array([0.0, 0.6, 0.1]), np.full(3, 0.1)
+    baseline_products = [0, 1, 2]
+    # Rendering takes most of the time: fewer goals, one inner step, and more meta-steps on each
+    # collection. Labels come from the demonstrations alone. With fewer goals an iteration of the
+    # experts is shorter.
+    settings = dict(training_tasks=24, expert_iterations=55, imitation_batch=100, collections=12,
+                    meta_steps=150, max_weight=2.0, inner_steps=1, aggregation_episodes=0)
+    published = {}
+
+    @property
+    def expert_family(self):
+        """Push with the block's position."""
+        return SawyerPush(self.reward)
+
+    def xml(self):
+        """Push's model and the camera: a shifted centre makes the crop a whole picture."""
+        height, width, _ = self.image_shape
+        focal = 0.5 * PICTURE / math.tan(0.5 * FIELD_OF_VIEW)  # in pixels
+        right = CROP_LEFT + 0.5 * (width - PICTURE)
+        down = CROP_TOP + 0.5 * (height - PICTURE)
+        camera = (f'<camera name="policy" {CAMERA_POSE} resolution="{width} {height}" '
+                  f'sensorsize="{width} {height}" focalpixel="{focal} {focal}" '
+                  f'principalpixel="{right} {down}"/>')
+        return super().xml().replace("<worldbody>", "<worldbody>" + camera)
+
+    def observe(self, state, sensors):
+        """The hand's position (B, 3)."""
+        return sensors[:, :3].copy()
