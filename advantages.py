@@ -8,6 +8,7 @@ Letters in shapes: n tasks, K episodes per task, T steps, B samples per task.
 import torch
 
 from policy import Params, log_prob, normalised
+from settings import Settings
 
 
 def linear_baseline(observation: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
@@ -44,7 +45,7 @@ def discounted_sum(values: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def advantages(observation: torch.Tensor, reward: torch.Tensor, mask: torch.Tensor,
-               products: list[int], settings) -> torch.Tensor:
+               products: list[int], settings: Settings) -> torch.Tensor:
     """Generalised advantage estimates (n, K, T), centred per task (Schulman et al., Eq. 16).
 
     If every episode of a task got the same rewards, there is nothing to learn from. Dividing its
@@ -61,7 +62,7 @@ def advantages(observation: torch.Tensor, reward: torch.Tensor, mask: torch.Tens
 
 
 @torch.no_grad()
-def policy_gradient_batch(episodes: dict, phi: Params, family, settings,
+def policy_gradient_batch(episodes: dict, phi: Params, family, settings: Settings,
                           scale: float | None = None) -> tuple[dict, float | None]:
     """The batch of an inner step from the episodes that phi explored, and its advantages' scale.
 

@@ -18,7 +18,7 @@ from gymnasium.vector import AutoresetMode
 from loky import cpu_count
 
 from tasks import TASKS, load
-from tasks.base import GymnasiumFamily, MujocoFamily, TaskFamily, check_tasks, task_of_each  # noqa: F401
+from tasks.base import GymnasiumFamily, MujocoFamily, TaskFamily, task_of_each
 from tasks.gymnasium_batch import GymnasiumBatch
 from tasks.rendering import Camera, Rollout, mujoco, open_renderer
 

@@ -5,9 +5,8 @@ arXiv 1904.00956v2). Step numbers are our own; README's table maps them to the p
 [release] is the authors' code, [ours] departs from it (docs/deviations.md).
 
 This file knows no environment and no expert: `problem` (phases.Problem) brings both as callables.
-Letters in shapes: n tasks, K episodes per task, T steps, B = K * T samples per task, F features,
-S inner steps. Parameters are dicts of tensors: `theta` without, `phi` with a leading task axis
-(policy.py).
+Letters in shapes: n tasks, K episodes per task, T steps, B = K * T samples per task, F features.
+Parameters are dicts of tensors (policy.py): `theta` without, `phi` with a leading task axis.
 """
 import copy
 import math
@@ -29,11 +28,11 @@ from policy import (
     mean_action,
     per_task,
 )
-from settings import Settings, random_streams  # noqa: F401  (Settings: baselines/__init__.py)
+from settings import Settings, random_streams
 
 
 # ---------------------------------------------------------------- the algorithm
-def train(problem, settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
     """The algorithm, start to end. Yields (state, metrics); a state given back goes on from there.
 
     FloatingPointError when the meta-objective is no longer finite.
@@ -48,8 +47,8 @@ def train(problem, settings, state: dict | None = None) -> Iterator[tuple[dict, 
         for _ in range(settings.meta_steps):           # 3b. many steps on the same D_i:
             inner, labels = learner.draw(batches)      #     some tasks, some of their labels
             path = adapt(theta, alpha, inner, settings)             # inner: theta -> phi_i
-            loss = outer_loss(theta, path, labels, settings)        # outer: phi_i imitates pi*_i
-            learner.minimise(loss)                     #     Adam on theta and alpha
+            loss, info = outer_loss(theta, path, labels, settings)  # outer: phi_i imitates pi*_i
+            learner.minimise(loss, info)               #     Adam on theta and alpha
         aggregate(learner, problem, batches, experts)  # 3c. D*_i += what pi_phi_i visits, labelled
         yield learner.state(), learner.metrics()
 
@@ -67,14 +66,14 @@ def collect(learner: "MetaLearner", problem) -> list[dict]:
     """
     settings, batches = learner.settings, []
     for _ in range(settings.inner_steps):
-        phi = adapted(learner, batches)
+        phi = current_phi(learner, batches)
         episodes = explore(phi, problem, settings, settings.episodes, learner.generator)
         batches.append(learner.batch(len(batches), episodes, phi))
     return batches
 
 
 # ---------------------------------------------------------------- 3b, inner: a policy gradient step
-def init_step_sizes(theta: Params, settings) -> Params:
+def init_step_sizes(theta: Params, settings: Settings) -> Params:
     """alpha: a step size for every element of theta, (S, *shape).
 
     S is 1 where all inner steps share one alpha, or settings.inner_steps. Convolutions do not adapt
@@ -90,7 +89,7 @@ def init_step_sizes(theta: Params, settings) -> Params:
     return {name: size(name, value) for name, value in theta.items() if not is_convolution(name)}
 
 
-def step_sizes(alpha: Params, k: int, settings) -> Params:
+def step_sizes(alpha: Params, k: int, settings: Settings) -> Params:
     """alpha of gradient step k = 0, 1, ... Steps past the trained ones build on the last [ours].
 
     Nothing has taught alpha how far to go there. "shrinking": each later step takes a quarter of
@@ -106,24 +105,24 @@ def step_sizes(alpha: Params, k: int, settings) -> Params:
     return {name: 0.25 ** later * value[-1] for name, value in alpha.items()}
 
 
-def importance_weights(log_p: torch.Tensor, batch: dict, settings) -> torch.Tensor:
+def importance_weights(log_p: torch.Tensor, batch: dict, settings: Settings) -> torch.Tensor:
     """w_t = stopgrad(pi_phi) / pi_behaviour, (n, B): old rollouts count as if phi had made them.
 
     Exactly 1 at the first meta-step, when phi is the behaviour policy. `max_weight` bounds it
     [ours]: a single sample could outweigh all others, most of all with many action dimensions.
     """
-    ratio = (log_p.detach() - batch["log_prob"]) * batch["mask"]  # padding cannot overflow
-    return ratio.exp().clamp(max=settings.max_weight)
+    log_ratio = (log_p.detach() - batch["log_prob"]) * batch["mask"]  # padding cannot overflow
+    return log_ratio.exp().clamp(max=settings.max_weight)
 
 
-def inner_loss(phi: Params, batch: dict, settings) -> torch.Tensor:
+def inner_loss(phi: Params, batch: dict, settings: Settings) -> torch.Tensor:
     """(n,): - mean_t( log pi_phi(a_t|s_t) w_t A_t ), the policy-gradient loss of each task."""
     mask, log_p = batch["mask"], log_prob(phi, batch["features"], batch["action"], settings)
     weight = importance_weights(log_p, batch, settings)
     return -(log_p * weight * batch["advantage"] * mask).sum(-1) / mask.sum(-1)
 
 
-def inner_step(phi: Params, alpha: Params, batch: dict, settings,
+def inner_step(phi: Params, alpha: Params, batch: dict, settings: Settings,
                first_order: bool = False) -> Params:
     """phi_i' = phi_i - alpha * grad loss_i, for all tasks at once, differentiable in phi and alpha.
 
@@ -137,7 +136,7 @@ def inner_step(phi: Params, alpha: Params, batch: dict, settings,
     return phi | {name: phi[name] - alpha[name] * g for name, g in zip(alpha, gradient)}
 
 
-def adapt(theta: Params, alpha: Params, batches: list[dict], settings,
+def adapt(theta: Params, alpha: Params, batches: list[dict], settings: Settings,
           first_order: bool = False, n: int | None = None) -> list[Params]:
     """[phi_0, phi_1, ...]: theta for each of n tasks, then phi after each inner step."""
     n = len(batches[0]["mask"]) if n is None else n
@@ -148,7 +147,7 @@ def adapt(theta: Params, alpha: Params, batches: list[dict], settings,
     return path
 
 
-def adapted(learner: "MetaLearner", batches: list[dict]) -> Params:
+def current_phi(learner: "MetaLearner", batches: list[dict]) -> Params:
     """phi after one inner step per batch, as plain numbers: for rollouts."""
     return detached(adapt(learner.theta, learner.alpha, batches, learner.settings,
                           first_order=True, n=learner.n)[-1])
@@ -174,7 +173,7 @@ def imitation_loss(phi: Params, x: torch.Tensor, expert_action: torch.Tensor) ->
 
 
 def outer_loss(theta: Params, path: list[Params], labels: dict,
-               settings) -> tuple[torch.Tensor, dict]:
+               settings: Settings) -> tuple[torch.Tensor, dict]:
     """The meta-objective: imitation after adaptation, averaged over phi_1, phi_2, ...
 
     `path` is that of `adapt`. `labels`: {"adapted": (x, a*)} of the same tasks. [ours] A share of
@@ -199,14 +198,14 @@ def aggregate(learner: "MetaLearner", problem, batches: list[dict], experts) -> 
     settings = learner.settings
     if experts is None or settings.aggregation_episodes == 0:
         return
-    episodes = explore(adapted(learner, batches), problem, settings,
+    episodes = explore(current_phi(learner, batches), problem, settings,
                        settings.aggregation_episodes, learner.generator)
     learner.count("adapted_", episodes)
     learner.demonstrations.add_visited(episodes, experts, problem.tasks)
 
 
 # ---------------------------------------------------------------- where meta-training starts
-def imitate(family, demonstrations, settings, device="cpu", last: int = 0) -> Params:
+def imitate(family, demonstrations, settings: Settings, device="cpu", last: int = 0) -> Params:
     """theta of one policy that imitates all experts at once, without adaptation.
 
     It is the baseline "no adaptation", and meta-training starts from it [ours]: its rollouts reach
@@ -239,7 +238,7 @@ def set_rates(optimiser, rates: list[float], progress: float, final: float = 0.1
 class MetaLearner:
     """What goes on behind the algorithm: theta, alpha, Adam, advantage scales, streams, counts."""
 
-    def __init__(self, problem, demonstrations, settings, state: dict | None = None):
+    def __init__(self, problem, demonstrations, settings: Settings, state: dict | None = None):
         self.family, self.settings, self.demonstrations = problem.family, settings, demonstrations
         self.device, self.n = problem.device, len(problem.tasks)
         self.given = demonstrations.actions.shape[1]  # labelled states per task before step 3c
@@ -311,9 +310,9 @@ class MetaLearner:
         self.inner = [{name: value[some] for name, value in batch.items()} for batch in batches]
         return self.inner, drawn
 
-    def minimise(self, outer: tuple[torch.Tensor, dict]) -> None:
+    def minimise(self, loss: torch.Tensor, info: dict) -> None:
         """One step of Adam on theta and alpha."""
-        (loss, self.info), settings = outer, self.settings
+        self.info, settings = info, self.settings
         step = (self.collection - 1) * settings.meta_steps + self.meta_step
         # Adam's first steps have full size whatever the gradient, hence the warm-up [ours].
         warm = min(1.0, (step + 1) / settings.warm_up_steps)
@@ -351,9 +350,9 @@ class MetaLearner:
         """A row of metrics.csv. Losses are those of the last meta-step, w is that after it."""
         path = adapt(self.theta, self.alpha, self.inner, self.settings, first_order=True)
         with torch.no_grad():
-            weight = torch.stack([importance_weights(
+            weight = torch.cat([importance_weights(
                 log_prob(phi, batch["features"], batch["action"], self.settings), batch,
-                self.settings) for phi, batch in zip(path, self.inner)])
+                self.settings)[batch["mask"] > 0] for phi, batch in zip(path, self.inner)])
         return self.row | {
             "iteration": self.collection, "env_steps": self.env_steps,
             "progress": self.collection / self.settings.collections,
@@ -370,14 +369,13 @@ class Adapter:
     """
     sequential = False  # the K episodes of a round may run side by side
 
-    def __init__(self, policy: dict, family, settings, device="cpu"):
+    def __init__(self, policy: dict, family, settings: Settings, device="cpu"):
         self.theta, self.alpha = ({name: value.to(device) for name, value in policy[key].items()}
                                   for key in ("theta", "alpha"))
         self.scales, self.family, self.settings = policy["scales"], family, settings
-        self.references = {}
-        if "no_adaptation" in policy:
-            start = {"theta": policy["no_adaptation"], "alpha": policy["alpha"], "scales": []}
-            self.references["no_adaptation"] = Adapter(start, family, settings, device)
+        start = policy.get("no_adaptation")
+        self.references = {} if start is None else {"no_adaptation": Adapter(
+            policy | {"theta": start, "no_adaptation": None}, family, settings, device)}
 
     def step_size(self, k: int) -> Params:
         """alpha of gradient step k."""

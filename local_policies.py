@@ -17,7 +17,7 @@ import torch
 from envs import rollout
 from policy import Params, correlated_noise, features, normalised
 from sac import SoftActorCritic, squashed_mean
-from settings import random_streams
+from settings import Settings, random_streams
 
 ExpertFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (n, B, obs), (n, task)
 
@@ -72,7 +72,7 @@ class Replay:
         for name in self.FIELDS:
             self.data[name][:, :state[name].shape[1]] = state[name].numpy()
 
-    def sample(self, generator: np.random.Generator, learners: int, settings) -> dict:
+    def sample(self, generator: np.random.Generator, learners: int, settings: Settings) -> dict:
         """A batch for every learner: a dict of (N, B, ...) float32 tensors.
 
         The dynamics of all tasks are the same, and the reward of every training task is known at
@@ -154,7 +154,7 @@ class Experts:
         return action.reshape(*observations.shape[:2], -1)
 
 
-def train_experts(env, tasks: np.ndarray, settings, state: dict | None = None,
+def train_experts(env, tasks: np.ndarray, settings: Settings, state: dict | None = None,
                   device="cpu") -> Iterator[tuple[Experts, Callable[[], dict], dict]]:
     """Step 1 of the algorithm. Yields (experts, snapshot, metrics) after every iteration.
 
@@ -318,7 +318,7 @@ class Demonstrations:
 
 
 def make_demonstrations(env, experts: ExpertFunction, tasks: np.ndarray,
-                        settings) -> tuple[Demonstrations, int]:
+                        settings: Settings) -> tuple[Demonstrations, int]:
     """Step 2: D*_i, states that the experts visit with their mean actions there; and env steps.
 
     Each task's first episode is the expert's own. In the others noise moves it off its path, so

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from settings import Settings
+
 Params = dict[str, torch.Tensor]
 
 
 # ---------------------------------------------------------------- parameters
-def init_policy(family, settings, generator: torch.Generator,
+def init_policy(family, settings: Settings, generator: torch.Generator,
                 dtype: torch.dtype = torch.float32) -> Params:
     """theta: MLP, z and log-std; convolutions too where the family has images.
 
@@ -78,12 +80,13 @@ def mean_action(phi: Params, x: torch.Tensor) -> torch.Tensor:
     return torch.baddbmm(phi["b3"], x, phi["w3"])
 
 
-def action_std(phi: Params, settings) -> torch.Tensor:
+def action_std(phi: Params, settings: Settings) -> torch.Tensor:
     """Standard deviation (n, 1, act), never below the floor."""
     return phi["log_std"].clamp(min=math.log(settings.min_std)).exp()
 
 
-def log_prob(phi: Params, x: torch.Tensor, action: torch.Tensor, settings) -> torch.Tensor:
+def log_prob(phi: Params, x: torch.Tensor, action: torch.Tensor,
+             settings: Settings) -> torch.Tensor:
     """log pi_phi(a|s), (n, B), of actions (n, B, act) for features x (n, B, F).
 
     Summed over action dimensions: they are independent.
@@ -117,7 +120,8 @@ class Actor:
     so that a policy gradient need not run the convolutions again.
     """
 
-    def __init__(self, phi: Params, family, settings, generator: torch.Generator | None = None):
+    def __init__(self, phi: Params, family, settings: Settings,
+                 generator: torch.Generator | None = None):
         self.phi, self.family, self.settings = phi, family, settings
         self.generator, self.noise, self.seen = generator, None, []
 
@@ -152,7 +156,8 @@ class Actor:
         return episodes | {"features": torch.stack(self.seen, dim=2)}
 
 
-def explore(phi: Params, problem, settings, episodes: int, generator: torch.Generator) -> dict:
+def explore(phi: Params, problem, settings: Settings, episodes: int,
+            generator: torch.Generator) -> dict:
     """`episodes` rollouts of pi_phi_i on each training task i, with what the policy saw."""
     actor = Actor(phi, problem.family, settings, generator)
     return actor.with_features(problem.rollout(actor, problem.tasks, episodes))

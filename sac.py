@@ -12,6 +12,8 @@ import math
 
 import torch
 
+from settings import Settings
+
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
@@ -113,7 +115,7 @@ def temperature_loss(log_temperature: torch.Tensor, log_prob: torch.Tensor,
 class SoftActorCritic:
     """N independent learners in one set of batched tensors."""
 
-    def __init__(self, learners: int, observation_size: int, action_size: int, settings,
+    def __init__(self, learners: int, observation_size: int, action_size: int, settings: Settings,
                  device="cpu"):
         self.settings, self.learners, self.action_size = settings, learners, action_size
         self.device = torch.device(device)

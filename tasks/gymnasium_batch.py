@@ -1,4 +1,6 @@
 """Plain gymnasium environments, stepped by gymnasium's own vector environment."""
+import contextlib
+
 import gymnasium
 import numpy as np
 
@@ -48,8 +50,10 @@ class GymnasiumBatch:
         return np.asarray(observation, dtype=float), reward, terminated, truncated, info
 
     def render(self) -> np.ndarray:
-        """Picture (rows, columns, 3) of the first environment."""
-        picture = self.vector.envs[0].render()
+        """Picture (rows, columns, 3) of the first environment. NoOpenGL where it gives none."""
+        picture = None
+        with contextlib.suppress(NotImplementedError):
+            picture = self.vector.envs[0].render()
         if picture is None:
             raise NoOpenGL(f"{self.family.name} renders no rgb_array")
         return picture

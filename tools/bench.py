@@ -1,52 +1,64 @@
-"""Speed, as ratios measured in one run: `python bench.py [env] [learner] [meta]` (default: all three).
+"""Speed, as ratios measured in one run.
 
-Every figure is the median of several passes, and what is compared takes turns, so that a machine whose speed drifts
-does not favour either side.
+    python tools/bench.py [env] [learner] [meta]    # default: all three
+
+Every figure is the median of several passes. What is compared takes turns, so that a machine whose
+speed drifts does not favour either side.
 """
 import argparse
-import os
+import sys
 import time
+from pathlib import Path
 from statistics import median
 
 import gymnasium
 import numpy as np
 import torch
+from loky import cpu_count
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gmps
 import policy
-from envs import AntGoal, BatchEnv, SawyerDoor, SawyerPush, rollout, task_set
+from envs import BatchEnv, Rollout, make_family, rollout, task_set
 from local_policies import Replay
 from sac import SoftActorCritic
 from settings import Settings
 
 
-def seconds(*functions, passes=5):
+def seconds(*functions, passes: int = 5) -> list[float]:
     """Median seconds of each function, called in turn; a first, uncounted round warms up."""
     times = [[] for _ in functions]
-    for round_number in range(passes + 1):
+    for number in range(passes + 1):
         for function, record in zip(functions, times):
             start = time.perf_counter()
             function()
-            if round_number:
+            if number:
                 record.append(time.perf_counter() - start)
     return [median(record) for record in times]
 
 
-def bench_env(num_envs=400, steps=50):
-    """Batched environments against bare mujoco.rollout on the same model, controls and threads, and gymnasium's own."""
-    for family in (SawyerPush, AntGoal, SawyerDoor):
-        bench_family(family, num_envs, steps)
+# ---------------------------------------------------------------- environments
+def bench_env(num_envs: int = 400, steps: int = 50) -> None:
+    """Batches against bare mujoco.rollout on the same model, controls and threads; gymnasium's."""
+    for task in ("push", "ant", "door"):
+        env = gymnasium.make_vec(f"gmps/{type(make_family(task)).__name__}-v0",
+                                 num_envs=num_envs).unwrapped
+        bench_family(env, steps)
+        env.close()
 
 
-def bench_family(family, num_envs, steps):
-    env = gymnasium.make_vec(family.env_id, num_envs=num_envs).unwrapped
-    actions = np.random.default_rng(0).uniform(-1, 1, (steps, num_envs, family.action_size))
+def bench_family(env: BatchEnv, steps: int) -> None:
+    family, num_envs = env.family, env.num_envs
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (steps, num_envs, family.action_size))
     env.reset(seed=0)
     controls, control = [], env.control
     for action in actions:
-        control = env.family.next_control(control, action)
-        controls.append(np.repeat(control[:, None], env.family.frame_skip, axis=1))
-    start, data = env.state.copy(), [env._workers[0].__copy__() for _ in range(os.cpu_count())]
+        control = family.next_control(control, action)
+        controls.append(np.repeat(control[:, None], family.frame_skip, axis=1))
+    start = env.state.copy()
+    data = [env._workers[0].__copy__() for _ in range(cpu_count())]
 
     def ours():
         env.reset(seed=0)
@@ -56,17 +68,18 @@ def bench_family(family, num_envs, steps):
     def bare():
         state = start
         for control in controls:
-            state = pool.rollout(env.model, data, state, control, control_spec=env.family.control_spec)[0][:, -1]
+            state = pool.rollout(env.model, data, state, control,
+                                 control_spec=family.control_spec)[0][:, -1]
 
-    from mujoco.rollout import Rollout
     with Rollout(nthread=len(data)) as pool:
         mine, raw = seconds(ours, bare, passes=9)
     count = num_envs * steps
-    print(f"{family.name}, B = {num_envs}: {count / mine:,.0f} steps/s; bare mujoco.rollout {count / raw:,.0f} steps/s; "
-          f"ratio {raw / mine:.2f}")
+    print(f"{family.name}, B = {num_envs}: {count / mine:,.0f} steps/s; bare mujoco.rollout "
+          f"{count / raw:,.0f} steps/s; ratio {raw / mine:.2f}")
 
     for mode, small in (("sync", 8), ("async", 8)):
-        other = gymnasium.make_vec(family.env_id, num_envs=small, vectorization_mode=mode)
+        other = gymnasium.make_vec(f"gmps/{type(family).__name__}-v0", num_envs=small,
+                                   vectorization_mode=mode)
 
         def theirs(other=other, small=small):
             other.reset(seed=0)
@@ -74,78 +87,86 @@ def bench_family(family, num_envs, steps):
                 other.step(action[:small].astype(np.float32))
         speed = small * steps / seconds(theirs, passes=3)[0]
         other.close()
-        print(f"  gymnasium's {mode} vector env of {small} single environments: {speed:,.0f} steps/s; "
-              f"batched is {count / mine / speed:.1f} times as fast")
-    env.close()
+        print(f"  gymnasium's {mode} vector env of {small} single environments: {speed:,.0f} "
+              f"steps/s; batched is {count / mine / speed:.1f} times as fast")
 
 
-def learner_and_batch(learners, width, batch_size):
-    settings = Settings(experts="local" if learners > 1 else "contextual", expert_width=width, expert_batch=batch_size)
-    family = SawyerPush()
+# ---------------------------------------------------------------- soft actor-critic
+def learner_and_batches(learners: int, width: int, batch_size: int):
+    """A learner, and a function that samples its batches."""
+    settings = Settings(experts="local" if learners > 1 else "contextual", expert_width=width,
+                        expert_batch=batch_size)
+    family = make_family("push")
     tasks = task_set(family, "train", max(learners, 2))
-    env = BatchEnv(len(tasks), family)
+    env, rng = BatchEnv(len(tasks), family), np.random.default_rng(0)
     replay = Replay(family, tasks, 50)
-    rng = np.random.default_rng(0)
-    replay.add(rollout(env, lambda observation: rng.uniform(-1, 1, (len(tasks), 3)), tasks))
+    replay.add(rollout(env, lambda *_: rng.uniform(-1, 1, (len(tasks), 3)), tasks))
     env.close()
     learner = SoftActorCritic(learners, 6 + 2 * (learners == 1), 3, settings)
-    return learner, lambda: replay.sample(rng, learners, settings), settings
+    return learner, lambda: replay.sample(rng, learners, settings)
 
 
-def bench_learner(width=128, batch_size=128, updates=40):
-    """One update of 20 learners against one update of one, sampling included; and stable-baselines3's SAC."""
+def bench_learner(width: int = 128, batch_size: int = 128, updates: int = 40) -> None:
+    """One update of 20 learners against one of one, sampling included; stable-baselines3's SAC."""
     def updater(learners, updates):
-        learner, sample, _ = learner_and_batch(learners, width, batch_size)
+        learner, sample = learner_and_batches(learners, width, batch_size)
         generator = torch.Generator()
         return lambda: [learner.update(sample(), generator) for _ in range(updates)]
 
     one, twenty = seconds(updater(1, updates), updater(20, updates // 4))
     one, twenty = one / updates, twenty / (updates // 4)
-    print(f"soft actor-critic, width {width}, batch {batch_size}: 1 learner {1e3 * one:.1f} ms per update, "
-          f"20 learners {1e3 * twenty:.1f} ms ({1e3 * twenty / 20:.2f} ms each); ratio {twenty / one:.1f}")
+    print(f"soft actor-critic, width {width}, batch {batch_size}: 1 learner {1e3 * one:.1f} ms per "
+          f"update, 20 learners {1e3 * twenty:.1f} ms ({1e3 * twenty / 20:.2f} ms each); ratio "
+          f"{twenty / one:.1f}")
     try:
         from stable_baselines3 import SAC
     except ImportError:
         print("  stable-baselines3 is not installed: no comparison with its SAC")
         return
-    model = SAC("MlpPolicy", gymnasium.make(SawyerPush.env_id), policy_kwargs={"net_arch": [width, width]},
-                batch_size=batch_size, learning_starts=10_000, device="cpu", seed=0)
+    model = SAC("MlpPolicy", gymnasium.make("gmps/SawyerPush-v0"), seed=0, device="cpu",
+                policy_kwargs={"net_arch": [width, width]}, batch_size=batch_size,
+                learning_starts=10_000)
     model.learn(300)
     theirs, = seconds(lambda: model.train(gradient_steps=updates, batch_size=batch_size))
-    print(f"  stable-baselines3's SAC: {1e3 * theirs / updates:.1f} ms per update; one learner here is "
-          f"{theirs / updates / one:.1f} times as fast")
+    print(f"  stable-baselines3's SAC: {1e3 * theirs / updates:.1f} ms per update; one learner "
+          f"here is {theirs / updates / one:.1f} times as fast")
 
 
-def bench_meta():
-    """One meta-step: all tasks of a meta-batch as one batched product, against a loop over the tasks."""
-    settings, family = Settings(), SawyerPush()
+# ---------------------------------------------------------------- the meta-step
+def bench_meta() -> None:
+    """One meta-step: all tasks as one batched product, against a loop over the tasks."""
+    settings, family = Settings(), make_family("push")
     n, B = settings.meta_batch, settings.episodes * family.horizon
     generator = torch.Generator().manual_seed(0)
-    theta = {name: value.requires_grad_() for name, value in policy.init_policy(family, settings, generator).items()}
-    alpha = {name: value.requires_grad_() for name, value in gmps.init_step_sizes(theta, settings).items()}
+    theta = policy.init_policy(family, settings, generator)
+    alpha = gmps.init_step_sizes(theta, settings)
+    for params in (theta, alpha):
+        for value in params.values():
+            value.requires_grad_()
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
-    batch = {"observation": normal(n, B, 6), "action": normal(n, B, 3), "advantage": normal(n, B),
+    batch = {"features": normal(n, B, 6), "action": normal(n, B, 3), "advantage": normal(n, B),
              "mask": torch.ones(n, B), "log_prob": -3 + 0.1 * normal(n, B)}
-    demonstration = normal(n, settings.imitation_batch, 6), normal(n, settings.imitation_batch, 3)
+    labels = normal(n, settings.imitation_batch, 6), normal(n, settings.imitation_batch, 3)
 
-    def together():
-        gmps.meta_loss(theta, alpha, [batch] * settings.inner_steps, demonstration, settings)[0].backward()
+    def meta_step(rows):
+        inner = [{name: value[rows] for name, value in batch.items()}] * settings.inner_steps
+        path = gmps.adapt(theta, alpha, inner, settings)
+        adapted = tuple(value[rows] for value in labels)
+        gmps.outer_loss(theta, path, {"adapted": adapted}, settings)[0].backward()
 
-    def looped():
-        for i in range(n):
-            one = gmps.of_tasks(batch, slice(i, i + 1))
-            pair = tuple(value[i:i + 1] for value in demonstration)
-            gmps.meta_loss(theta, alpha, [one] * settings.inner_steps, pair, settings)[0].backward()
-    batched, loop = seconds(together, looped)
-    print(f"meta-step, {n} tasks, {B} samples, {settings.inner_steps} inner steps: batched {1e3 * batched:.0f} ms, "
-          f"loop over tasks {1e3 * loop:.0f} ms; ratio {loop / batched:.2f}")
+    batched, loop = seconds(lambda: meta_step(slice(None)),
+                            lambda: [meta_step(slice(i, i + 1)) for i in range(n)])
+    print(f"meta-step, {n} tasks, {B} samples, {settings.inner_steps} inner steps: batched "
+          f"{1e3 * batched:.0f} ms, loop over tasks {1e3 * loop:.0f} ms; ratio "
+          f"{loop / batched:.2f}")
 
 
 if __name__ == "__main__":
     benches = {"env": bench_env, "learner": bench_learner, "meta": bench_meta}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", help=f"of {', '.join(benches)}; default: all")
     chosen = parser.parse_args().which or list(benches)
     if not set(chosen) <= set(benches):

@@ -1,9 +1,10 @@
-"""The README's tables of results, its quick start's last lines, line numbers and line counts, from the files they come from.
+"""The tables of README.md and docs/results.md, from the results that they report.
 
-    python tables.py    # rewrites README.md; nothing changes where it is up to date, which the tests check
+    python tools/tables.py    # rewrites both; nothing changes where they are up to date
 
-Tables stand between "<!-- TABLE task -->" and "<!-- end -->" and are made of results/TASK/seed*/result.json, the last lines
-of a run between "<!-- CLOSING task/seed -->" and "<!-- end -->". Other numbers are by hand.
+A table stands between a marker and "<!-- end -->". `<!-- SUMMARY -->`: a row per task and method;
+`<!-- TABLE task/method -->` one method in full; `<!-- CLOSING task/method/seed -->` the end of
+one run. All are made of results/TASK/METHOD/seed*/result.json.
 """
 import json
 import re
@@ -12,94 +13,129 @@ from pathlib import Path
 
 import numpy as np
 
-from envs import FAMILIES
-from files import UserError, write_atomically
-from phases import LEVELS, closing_counts, closing_table
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
 
-HERE = Path(__file__).parent
-# Released levels (authors' simulator) and counts, by task and list or phase of result.json
-PUBLISHED = {
-    ("push", "experts_training"): "670, 0.031 m (10 goals, authors' simulator)",
-    ("push", "meta_training"): "about 120,000 in the released settings: *does not match*",
-    ("ant", "experts_training"): "539, 0.32 m (10 goals, authors' simulator)",
-    ("ant", "meta_training"): "about 2,000,000 in the released settings: *does not match*"}
-# What `final_distance` is, how many of the table's units the task's unit is, digits
-COLUMNS = {"push": ("final distance (m)", 1.0, 4), "push-vision": ("final distance (m)", 1.0, 4),
-           "ant": ("final distance (m)", 1.0, 3), "door": ("angle error (degrees)", np.degrees(1.0), 1)}
+from checkpoints import UserError, write_atomically
+from evaluate import LEVELS, closing_counts, closing_table, mean_of
+from tasks import TASKS, load
+from tools.intervals import spread
+
+PAGES = ("README.md", "docs/results.md")
 
 
-def spread(values, digits):
-    """Mean and, of several values, standard deviation (n - 1)."""
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{deviation}"
+def results(folder: Path, pattern: str) -> list[dict]:
+    """The result.json files of results/PATTERN, in the order of their seeds."""
+    files = sorted((folder / "results").glob(f"{pattern}/result.json"),
+                   key=lambda file: int(re.sub(r"\D", "", file.parent.name) or 0))
+    if not files:
+        raise UserError(f"no results/{pattern}/result.json: copy them from finished runs")
+    return [json.loads(file.read_text()) for file in files]
 
 
-def table(task, results):
-    """Markdown table of a task: means over tasks, then mean ± deviation over seeds. `results`: each seed's result.json."""
-    column, factor, digits = COLUMNS[task]
+def seed_means(results: list[dict], name: str, key: str, gradient_steps=None) -> np.ndarray:
+    """(seeds,): each seed's mean over tasks."""
+    return np.array([mean_of([entry for entry in result[name]
+                              if entry.get("gradient_steps") == gradient_steps], key)
+                     for result in results])
 
-    def row(label, name, gradient_steps=None):
-        seeds = [[r for r in result[name] if r.get("gradient_steps") == gradient_steps] for result in results]
-        means = {key: [np.mean([r[key] for r in entries]) for entries in seeds]
-                 for key in ("return", "final_distance", "success")}
-        return [label, spread(means["return"], 0), spread(factor * np.array(means["final_distance"]), digits),
-                f"{100 * np.mean(means['success']):.0f}%", PUBLISHED.get((task, name), "")]
 
-    rows = [[f"{len(results)} seed{'s' * (len(results) > 1)}", "return", column, "success", "published"], ["---"] * 5,
-            row("before adaptation (pre-update policy)", "held_out", 0)]
-    for name, kind, steps in (("held_out", "", (1, 2, 3, 5)), ("held_out_sampled", ", sampled actions", (1, 3))):
-        rows += [row(f"after {k} gradient step{'s' * (k > 1)}{kind}", name, k) for k in steps]
-    rows += [row(label, name) for name, label in LEVELS.items() if all(result.get(name) for result in results)]
-    for phase in ("experts", "meta_training", "evaluation"):
-        steps = np.mean([result["env_steps"][phase] for result in results])
-        label = f"environment steps: {phase.replace('_', '-')}"
-        rows.append([label, f"{steps:,.0f}", "", "", PUBLISHED.get((task, phase), "")])
-    minutes = ", ".join(f"{sum(result['wall_seconds'].values()) / 60:.0f}" for result in results)
-    rows.append(["wall time", f"{minutes} minutes", "", "", ""])
+def markdown(rows: list[list[str]]) -> str:
+    """A table; the first row is its head."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
-def fill(text, folder=HERE):
-    """README text brought up to date: tables, last lines of a run, "`words`, file.py:line" and the list of line counts.
+def training_steps(results: list[dict]) -> float:
+    return np.mean([result["env_steps"]["experts"] + result["env_steps"]["meta_training"]
+                    for result in results])
 
-    UserError where a table has no results, or the words stand on no line or on several.
-    """
-    def results(pattern):
-        files = sorted((folder / "results").glob(f"{pattern}/result.json"))
-        if not files:
-            raise UserError(f"no results/{pattern}/result.json: copy them from the folders of finished runs")
-        return [json.loads(file.read_text()) for file in files]
 
+def minutes(results: list[dict]) -> list[float]:
+    return [sum(result["wall_seconds"].values()) / 60 for result in results]
+
+
+# ---------------------------------------------------------------- the three kinds
+def table(task: str, results: list[dict]) -> str:
+    """One method on one task: means over its tasks, mean actions unless it says otherwise."""
+    family = load(task)
+    column, factor, digits = family.table
+
+    def row(label, name, gradient_steps=None):
+        returns, distances, success = (seed_means(results, name, key, gradient_steps)
+                                       for key in ("return", "final_distance", "success"))
+        return [label, spread(returns, 0), spread(factor * distances, digits),
+                f"{100 * success.mean():.0f}%", family.published.get(name, "")]
+
+    seeds = f"{len(results)} seed{'s' * (len(results) > 1)}"
+    rows = [[seeds, "return", column, "success", "published"],
+            row("before adaptation (pre-update policy)", "held_out", 0)]
+    for name, kind, steps in (("held_out", "", (1, 2, 3, 5)),
+                              ("held_out_sampled", ", sampled actions", (1, 3))):
+        rows += [row(f"after {k} gradient step{'s' * (k > 1)}{kind}", name, k) for k in steps]
+    rows += [row(label, name) for name, label in LEVELS.items()
+             if all(result.get(name) for result in results)]
+    for phase in ("experts", "meta_training", "evaluation"):
+        steps = np.mean([result["env_steps"][phase] for result in results])
+        rows.append([f"environment steps: {phase.replace('_', '-')}", f"{steps:,.0f}", "", "",
+                     family.published.get(phase, "")])
+    times = ", ".join(f"{value:.0f}" for value in minutes(results))
+    return markdown([*rows, ["wall time", f"{times} minutes", "", "", ""]])
+
+
+def summary(folder: Path) -> str:
+    """A row for every task and method that has results."""
+    rows = [["task", "method", "seeds", "before", "1 step", "3 steps", "experts", "env steps",
+             "wall time"]]
+    for task in TASKS:
+        column, factor, digits = load(task).table
+        unit = re.search(r"\((.*)\)", column)[1]
+        methods = sorted({file.parent.parent.name for file in
+                          (folder / "results" / task).glob("*/seed*/result.json")})
+        for method in methods:
+            seeds = results(folder, f"{task}/{method}/seed*")
+
+            def distance(name, k=None, seeds=seeds):
+                if not all(seed.get(name) for seed in seeds):
+                    return "-"
+                means = seed_means(seeds, name, "final_distance", k)
+                return f"{factor * means.mean():.{digits}f}"
+            rows.append([f"{task} ({unit})", method, str(len(seeds)),
+                         *(distance("held_out", k) for k in (0, 1, 3)),
+                         distance("experts_held_out"), f"{training_steps(seeds):,.0f}",
+                         f"{np.mean(minutes(seeds)):.0f} min"])
+    return markdown(rows)
+
+
+def closing(result: dict) -> str:
+    """The last lines of one run, indented."""
+    lines = closing_table(result, load(result["task"]).task_unit).splitlines()
+    return "\n" + "\n".join("    " + line for line in [*lines, closing_counts(result)]) + "\n"
+
+
+# ---------------------------------------------------------------- pages
+def fill(text: str, folder: Path = HERE) -> str:
+    """A page brought up to date. UserError where a table has no results."""
     def filled(match):
-        return f"{match[1]}{table(match[2], results(f'{match[2]}/seed*'))}{match[3]}"
+        kind, name = match[2], match[3]
+        if kind == "SUMMARY":
+            body = summary(folder)
+        elif kind == "TABLE":
+            body = table(name.split("/")[0], results(folder, f"{name}/seed*"))
+        else:
+            body = closing(results(folder, name)[0])
+        return f"{match[1]}{body}{match[4]}"
 
-    def closing(match):
-        result, = results(match[2])
-        lines = [*closing_table(result, FAMILIES[result["task"]].task_unit).splitlines(), closing_counts(result)]
-        return match[1] + "\n" + "\n".join("    " + content for content in lines) + "\n" + match[3]
-
-    def line(match):
-        hits = [number for number, content in enumerate((folder / match[2]).read_text().splitlines(), start=1)
-                if match[1] in content]
-        if len(hits) != 1:
-            raise UserError(f"README: {match[1]!r} stands on {len(hits)} lines of {match[2]}: name words of one line")
-        return f"`{match[1]}`, {match[2]}:{hits[0]}"
-
-    def counts(match):
-        return re.sub(r"`(\w+\.py)` \d+", lambda m: f"`{m[1]}` {len((folder / m[1]).read_text().splitlines())}", match[0])
-
-    text = re.sub(r"(<!-- TABLE ([\w-]+) -->\n).*?(\n<!-- end -->)", filled, text, flags=re.DOTALL)
-    text = re.sub(r"(<!-- CLOSING ([\w/-]+) -->\n).*?(\n<!-- end -->)", closing, text, flags=re.DOTALL)
-    text = re.sub(r"`([^`]+)`, (\w+\.py):\d+", line, text)
-    return re.sub(r"\(lines: [^)]*\)", counts, text)
+    return re.sub(r"(<!-- (SUMMARY|TABLE|CLOSING) ?([\w/-]*) -->\n).*?(\n<!-- end -->)", filled,
+                  text, flags=re.DOTALL)
 
 
-def main(folder=HERE):
-    """Rewrites the README of `folder`; returns the exit code."""
-    readme = folder / "README.md"
+def main(folder: Path = HERE) -> int:
+    """Rewrites the pages of `folder`; returns the exit code."""
     try:
-        text = fill(readme.read_text(), folder)
-        write_atomically(readme, lambda file: file.write(text), "w")
+        for page in (folder / name for name in PAGES):
+            text = fill(page.read_text(), folder)
+            write_atomically(page, lambda file, text=text: file.write(text), "w")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
