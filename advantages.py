@@ -54,7 +54,7 @@ def advantages(observation: torch.Tensor, reward: torch.Tensor, mask: torch.Tens
     returns = discounted_sum(reward * mask, settings.discount)
     value = linear_baseline(observation, returns, mask, products) * mask
     next_value = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], dim=-1)
-    delta = reward + settings.discount * next_value - value                      # Eq. 12
+    delta = reward + settings.discount * next_value - value                      # Eq. 11
     advantage = discounted_sum(delta * mask, settings.discount * settings.gae_lambda)
     mean = (advantage * mask).sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
     differ = (reward != reward[:, :1]).any(2).any(1)[:, None, None]
@@ -75,7 +75,7 @@ def policy_gradient_batch(episodes: dict, phi: Params, family, settings: Setting
     where it is None. Each task's own deviation, as in the release, would blow up the gradient near
     the goal, where rewards hardly differ. With settings.advantage_scale "per task" it is used all
     the same: where rewards differ in size from task to task. The scale that is returned is None
-    where all advantages are zero.
+    where there is a common one to find and all advantages are zero.
     """
     n, dtype, device = len(phi["z"]), phi["z"].dtype, phi["z"].device
 

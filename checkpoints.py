@@ -1,8 +1,9 @@
-"""Files of a run: atomic writes, checkpoints, locks, JSON, goals and demonstrations from a user.
+"""Files of a run: atomic writes, checkpoints, the journal in them, locks, files from a user.
 
 Whatever goes wrong here is a `UserError`: one line that says what to do.
 """
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import os
 import pickle
 import struct
 import subprocess
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -82,6 +84,8 @@ def load_checkpoint(path: Path, kind: str) -> dict:
         raise damaged from None
     body, digest = raw[:-len(DIGEST) - 64], raw[-len(DIGEST) - 64:]
     whole = digest == DIGEST + hashlib.sha256(body).hexdigest().encode()
+    if digest.startswith(DIGEST) and not whole:  # torch.load may fail on it in any way
+        raise damaged
     try:
         content = torch.load(io.BytesIO(body if whole else raw), weights_only=True,
                              map_location="cpu")
@@ -139,6 +143,99 @@ def read_demonstrations(path: Path, family: TaskFamily) -> tuple[np.ndarray, Dem
         if isinstance(error, ValueError):
             reason = str(error).splitlines()[0]
         raise UserError(f"{path}: {reason}") from None
+
+
+# ---------------------------------------------------------------- what a run counts
+# Of metrics.csv; a method's further metrics follow. imitation_k: the last meta-step's imitation
+# loss after k inner steps. weight: w of the inner loss after that meta-step.
+COLUMNS = ("phase", "iteration", "env_steps", "return", "distance", "adapted_return",
+           "adapted_distance", "imitation_0", "imitation_1", "imitation_2", "imitation_3",
+           "gradient_norm", "weight_mean", "weight_max", "temperature", "critic_loss",
+           "policy_loss", "divergences")
+
+
+class Journal:
+    """What a run counts: rows of metrics, curve, env steps, seconds and commits of every phase."""
+
+    def __init__(self, out: Path, settings):
+        self.out, self.settings = out, settings
+        self.rows, self.curve = [], []
+        # A method that asks no expert has spent nothing on one.
+        self.env_steps = {"experts": 0, "meta_training": 0}
+        self.wall_seconds = {"experts": 0.0, "meta_training": 0.0}
+        self.commits, self.divergences = {}, {}
+        self.phase, self.since = None, time.perf_counter()
+
+    @contextlib.contextmanager
+    def timing(self, phase: str):
+        """Seconds inside count for `phase`; of phases within phases, only for the inner one."""
+        self.tick()
+        outer, self.phase = self.phase, phase
+        if phase != "meta_training":  # around all others; a collection credits it
+            self.credit(phase)
+        try:
+            yield
+        finally:
+            self.tick()
+            self.phase = outer
+
+    def credit(self, phase: str) -> None:
+        """Name this code as that of a phase: the last of several where a run went on with it."""
+        commits, now = self.commits.setdefault(phase, []), commit()
+        if now not in commits[-1:]:
+            commits.append(now)
+
+    def tick(self) -> None:
+        """Bring the seconds of the phase at work up to date."""
+        now = time.perf_counter()
+        if self.phase is not None:
+            self.wall_seconds[self.phase] = (self.wall_seconds.get(self.phase, 0.0)
+                                             + now - self.since)
+        self.since = now
+
+    def note(self, phase: str, metrics: dict) -> None:
+        """A row of metrics, and its counts."""
+        self.env_steps[phase] = metrics["env_steps"]
+        self.divergences[phase] = (self.divergences.get(phase, 0)
+                                   + metrics.get("divergences", 0))
+        self.rows.append({"phase": phase} | metrics)
+
+    def counts(self) -> dict:
+        self.tick()
+        return {name: getattr(self, name) for name in (
+            "rows", "curve", "env_steps", "wall_seconds", "commits", "divergences")}
+
+    def restore(self, content: dict) -> None:
+        for name in self.counts():
+            setattr(self, name, content[name])
+
+    def save(self, name: str, kind: str, content: dict) -> None:
+        """A checkpoint with all counts, and metrics.csv."""
+        save_checkpoint(self.out / name, kind, self.settings, content | self.counts())
+        self.write_metrics()
+
+    def load(self, name: str, kind: str) -> dict | None:
+        """A checkpoint of this run; None where there is none yet."""
+        if not (self.out / name).exists():
+            return None
+        content = load_checkpoint(self.out / name, kind)
+        if content["settings"] != self.settings:
+            raise UserError(f"{self.out / name} belongs to another run: choose another folder with "
+                            "--out")
+        return content
+
+    def write_metrics(self) -> None:
+        """metrics.csv, from all rows so far."""
+        hidden = {"progress", *COLUMNS}
+        further = dict.fromkeys(key for row in self.rows for key in row if key not in hidden)
+
+        def write(file):
+            writer = csv.DictWriter(file, [*COLUMNS, *further], restval="", lineterminator="\n",
+                                    extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value
+                              for key, value in row.items()} for row in self.rows)
+        write_atomically(self.out / "metrics.csv", write, "w")
 
 
 # ---------------------------------------------------------------- folders

@@ -37,7 +37,14 @@ def make_family(name: str, reward: str | None = None) -> TaskFamily:
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
     family = load(name)
-    missing = [key for key in TaskFamily.__annotations__ if not hasattr(family, key)]
+    kinds = [kind for kind in (TaskFamily, MujocoFamily, GymnasiumFamily)
+             if issubclass(family, kind)]
+    if len(kinds) < 2:
+        raise ValueError(f"{family.__name__} must be a MujocoFamily or a GymnasiumFamily")
+    missing = [key for kind in kinds for key in vars(kind).get("__annotations__", ())
+               if not hasattr(family, key)] + sorted(family.__abstractmethods__)
+    if family.outcome_size and family.reward_terms is TaskFamily.reward_terms:
+        missing.append("reward_terms")
     if missing:
         raise ValueError(f"{family.__name__} lacks {', '.join(missing)}: see tasks/base.py")
     if reward not in (None, *family.rewards):

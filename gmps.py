@@ -1,8 +1,8 @@
 """Guided meta-policy search: a few policy-gradient steps make a policy imitate a new task's expert.
 
 Source: "Guided Meta-Policy Search", Mendonca, Gupta, Kralev, Abbeel, Levine, Finn (NeurIPS 2019,
-arXiv 1904.00956v2). Step numbers are our own; README's table maps them to the paper. Marks:
-[release] is the authors' code, [ours] departs from it (docs/deviations.md).
+arXiv 1904.00956v2). Step numbers are our own, see README. Marks: [release] is the authors' code,
+[ours] departs from it (docs/deviations.md).
 
 This file knows no environment and no expert: `problem` (phases.Problem) brings both as callables.
 Letters in shapes: n tasks, K episodes per task, T steps, B = K * T samples per task, F features.
@@ -35,7 +35,7 @@ from settings import Settings, random_streams
 def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
     """The algorithm, start to end. Yields (state, metrics); a state given back goes on from there.
 
-    FloatingPointError when the meta-objective is no longer finite.
+    FloatingPointError when the meta-gradient is no longer finite.
     """
     experts = problem.train_experts()                  # 1.  pi*_i of each training task, off-policy
     demonstrations = problem.demonstrate(experts)      # 2.  D*_i: states and the expert's actions
@@ -131,8 +131,9 @@ def inner_step(phi: Params, alpha: Params, batch: dict, settings: Settings,
     """
     if first_order:
         phi = {name: value.detach().requires_grad_() for name, value in phi.items()}
-    gradient = torch.autograd.grad(inner_loss(phi, batch, settings).sum(),
-                                   [phi[name] for name in alpha], create_graph=not first_order)
+    loss, adapting = inner_loss(phi, batch, settings).sum(), [phi[name] for name in alpha]
+    gradient = torch.autograd.grad(loss, adapting, create_graph=not first_order,
+                                   materialize_grads=True)
     return phi | {name: phi[name] - alpha[name] * g for name, g in zip(alpha, gradient)}
 
 
@@ -166,8 +167,8 @@ def leaky_clip(action: torch.Tensor) -> torch.Tensor:
 def imitation_loss(phi: Params, x: torch.Tensor, expert_action: torch.Tensor) -> torch.Tensor:
     """mean_i mean_s || mean of pi_phi_i(s) - a* ||^2, for x (n, B, F), expert_action (n, B, act).
 
-    The mean is clipped as executed [ours]. Most expert actions are at full speed, and a mean of 1.2
-    is no worse than 1.
+    The mean is clipped [ours]. Most expert actions are at full speed, and a mean of 1.2 is hardly
+    worse than 1.
     """
     return (leaky_clip(mean_action(phi, x)) - expert_action).square().sum(-1).mean()
 
@@ -208,8 +209,8 @@ def aggregate(learner: "MetaLearner", problem, batches: list[dict], experts) -> 
 def imitate(family, demonstrations, settings: Settings, device="cpu", last: int = 0) -> Params:
     """theta of one policy that imitates all experts at once, without adaptation.
 
-    It is the baseline "no adaptation", and meta-training starts from it [ours]: its rollouts reach
-    the block. `last`: imitate the experts of the last so many tasks only.
+    It is the baseline "no adaptation". Meta-training starts from such a policy [ours]: its rollouts
+    reach the block. `last`: imitate the experts of the last so many tasks only.
     """
     rng, generator = random_streams(settings.seed, "imitation", 0)
     theta = {name: value.to(device).requires_grad_()

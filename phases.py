@@ -8,10 +8,7 @@ given; each of its callables leaves a file and finds it again when the run is st
 Half-done training stands in experts_partial.pt and policy_partial.pt. Every checkpoint holds the
 journal of its moment: metrics, curve, counts of steps and seconds, commits.
 """
-import contextlib
-import csv
 import platform
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +18,10 @@ from tqdm import tqdm
 
 import baselines
 from checkpoints import (
+    Journal,
     UserError,
-    commit,
     load_checkpoint,
     read_demonstrations,
-    save_checkpoint,
     write_atomically,
     write_json,
 )
@@ -52,84 +48,6 @@ from tools.pictures import draw_film, draw_plot
 
 EXPERT_CHECKPOINT_EVERY = 5  # iterations: such a checkpoint holds the whole replay
 CURVE_TASKS, CURVE_ROUNDS = 10, 3  # validation tasks and rounds of test episodes of a curve's point
-# Of metrics.csv; a method's further metrics follow. imitation_k: the last meta-step's imitation
-# loss after k inner steps. weight: w of the inner loss after that meta-step.
-COLUMNS = ("phase", "iteration", "env_steps", "return", "distance", "adapted_return",
-           "adapted_distance", "imitation_0", "imitation_1", "imitation_2", "imitation_3",
-           "gradient_norm", "weight_mean", "weight_max", "temperature", "critic_loss",
-           "policy_loss", "divergences")
-
-
-class Journal:
-    """What a run counts: rows of metrics, curve, env steps, seconds and commits of every phase."""
-
-    def __init__(self, out: Path, settings):
-        self.out, self.settings = out, settings
-        self.rows, self.curve = [], []
-        self.env_steps, self.wall_seconds, self.commits, self.divergences = {}, {}, {}, {}
-        self.phase, self.since = None, time.perf_counter()
-
-    @contextlib.contextmanager
-    def timing(self, phase: str):
-        """Seconds inside count for `phase`; of phases within phases, only for the inner one."""
-        self.tick()
-        outer, self.phase = self.phase, phase
-        commits, now = self.commits.setdefault(phase, []), commit()
-        if now not in commits[-1:]:  # more than one where a run went on with other code
-            commits.append(now)
-        try:
-            yield
-        finally:
-            self.tick()
-            self.phase = outer
-
-    def tick(self) -> None:
-        """Bring the seconds of the phase at work up to date."""
-        now = time.perf_counter()
-        if self.phase is not None:
-            self.wall_seconds[self.phase] = (self.wall_seconds.get(self.phase, 0.0)
-                                             + now - self.since)
-        self.since = now
-
-    def note(self, phase: str, metrics: dict) -> None:
-        """A row of metrics, and its counts."""
-        self.env_steps[phase] = metrics["env_steps"]
-        self.divergences[phase] = (self.divergences.get(phase, 0)
-                                   + metrics.get("divergences", 0))
-        self.rows.append({"phase": phase} | metrics)
-
-    def counts(self) -> dict:
-        self.tick()
-        return {name: getattr(self, name) for name in (
-            "rows", "curve", "env_steps", "wall_seconds", "commits", "divergences")}
-
-    def restore(self, content: dict) -> None:
-        for name in self.counts():
-            setattr(self, name, content[name])
-
-    def save(self, name: str, kind: str, content: dict) -> None:
-        """A checkpoint with all counts, and metrics.csv."""
-        save_checkpoint(self.out / name, kind, self.settings, content | self.counts())
-        write_atomically(self.out / "metrics.csv", self.write_metrics, "w")
-
-    def load(self, name: str, kind: str) -> dict | None:
-        """A checkpoint of this run; None where there is none yet."""
-        if not (self.out / name).exists():
-            return None
-        content = load_checkpoint(self.out / name, kind)
-        if content["settings"] != self.settings:
-            raise UserError(f"{self.out / name} belongs to another run: choose another folder with "
-                            "--out")
-        return content
-
-    def write_metrics(self, file) -> None:
-        hidden = {"progress", *COLUMNS}
-        further = dict.fromkeys(key for row in self.rows for key in row if key not in hidden)
-        writer = csv.DictWriter(file, [*COLUMNS, *further], restval="", lineterminator="\n",
-                                extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value
-                          for key, value in row.items()} for row in self.rows)
 
 
 def progress_bar(description: str, total: int, done: int) -> tqdm:
@@ -179,8 +97,6 @@ class Problem:
         when they are done. A scripted expert needs no learning.
         """
         settings, journal = self.settings, self.journal
-        journal.env_steps.setdefault("experts", 0)
-        journal.wall_seconds.setdefault("experts", 0.0)
         if settings.experts == "scripted":
             self.experts = self.family.expert
         elif settings.experts != "demonstrations":
@@ -226,6 +142,8 @@ class Problem:
         self._close_bar()
         if not (self.out / "policy.pt").exists():
             self.journal.save("policy.pt", "policy", {"policy": self.state["policy"]})
+        else:
+            self.journal.write_metrics()  # the run may have been killed before it could
         (self.out / "policy_partial.pt").unlink(missing_ok=True)
         settings, journal = self.settings, self.journal
         with journal.timing("evaluation"):
@@ -261,6 +179,7 @@ class Problem:
     def collected(self, state: dict, metrics: dict) -> None:
         """After a collection: metrics, a point of the curve, a checkpoint."""
         self.state = state
+        self.journal.credit("meta_training")
         before = [row["progress"] for row in self.journal.rows if row["phase"] == "meta_training"]
         self.journal.note("meta_training", metrics)
         points = self.settings.curve  # at most: the k-th once a share k / points is done
@@ -288,7 +207,9 @@ class Problem:
                                   stream=iteration, explore_last=False)
             spent = sum(journal.env_steps[phase] for phase in ("experts", "meta_training"))
             journal.curve += curve_points(evaluation, spent)
-            journal.env_steps["curve"] = journal.env_steps.get("curve", 0) + evaluation.env_steps
+            for counts, spent in ((journal.env_steps, evaluation.env_steps),
+                                  (journal.divergences, evaluation.divergences)):
+                counts["curve"] = counts.get("curve", 0) + spent
 
     def _learn_experts(self) -> None:
         settings, journal = self.settings, self.journal
@@ -376,7 +297,8 @@ def result_of(problem: Problem, evaluation: Evaluation, seed: int) -> dict:
             counts.setdefault(phase, zero)
     return {"task": problem.settings.task,
             "method": method_label(problem.settings, problem.family), "seed": seed,
-            "commit": commit(), "commits": journal.commits, "env_steps": env_steps,
+            "commit": journal.commits["evaluation"][-1], "commits": journal.commits,
+            "env_steps": env_steps,
             "wall_seconds": journal.wall_seconds, "divergences": divergences,
             "device": str(problem.device), "machine": machine(problem.threads)}
 

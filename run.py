@@ -62,7 +62,7 @@ def make_parser(method: str) -> Parser:
                     epilog=settings_module.help_text(baselines.load(method).Settings))
     option = parser.add_argument
     option("--task", default="push", help=f"one of {', '.join(TASKS)}, or all")
-    option("--method", default="gmps", help=f"one of {', '.join(METHODS)}")
+    option("--method", help=f"one of {', '.join(METHODS)} (default gmps)")
     option("--seed", type=int, default=0)
     option("--seeds", type=int, metavar="N", help="seeds 0 to N - 1, one after the other")
     option("--reward", help="default: the task's usual one")
@@ -143,10 +143,11 @@ Demos = tuple[np.ndarray, Demonstrations]
 def choose_settings(options, task: str, seed: int,
                     demos: Demos | None = None) -> settings_module.Settings:
     """Settings of one run: the defaults, then the task family's, then those of the options."""
-    kind = baselines.load(options.method).Settings
+    method = options.method or "gmps"
+    kind = baselines.load(method).Settings
     try:
         family = make_family(task, options.reward)
-        given = {"task": task, "method": options.method, "seed": seed, "reward": family.reward}
+        given = {"task": task, "method": method, "seed": seed, "reward": family.reward}
         if options.experts is not None:
             given["experts"] = options.experts
         preset = dict(family.settings)
@@ -244,6 +245,8 @@ def evaluate_saved(options) -> None:
     settings = content["settings"]
     if settings.task != options.task:
         raise UserError(f"{source} holds a policy for {settings.task}: give --task {settings.task}")
+    if options.method not in (None, settings.method):
+        raise UserError(f"{source} holds a policy of {settings.method}: leave --method out")
     check_camera(family)
     bands = family.bands()
     if options.extrapolate and not bands:

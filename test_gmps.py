@@ -1,4 +1,9 @@
-"""Tests of the inner step and the outer objective: finite differences, closed forms, an independent reference."""
+"""The algorithm of the paper, checked by numbers, in the order of gmps.py.
+
+First the equations: finite differences, closed forms, a reference in numpy. Then `gmps.train` and
+meta-test, step by step: a stand-in problem writes down who acts and what is drawn, and every number
+is computed again. Nothing is replaced.
+"""
 import dataclasses
 import math
 
@@ -8,283 +13,402 @@ import torch
 
 import gmps
 import policy
-from conftest import (
+from advantages import policy_gradient_batch
+from envs import Environments, task_set
+from evaluate import by_round, evaluate
+from local_policies import Demonstrations
+from settings import random_streams
+from tests.conftest import (
     PUSH,
     TINY,
     finite_difference,
+    make_problem,
+    quiet_folder,  # noqa: F401
     reference_forward,
     relative_error,
+    scripted_expert,
+    through_bytes,
 )
 
 
-def meta_problem(inner_steps, seed=0, n=2, size=12):
-    """theta, alpha, random batches with w != 1 and a masked tail, demonstrations: float64 tensors."""
-    generator = torch.Generator().manual_seed(seed)
+# ---------------------------------------------------------------- the equations
+def equations(inner_steps, own_sizes=False, pre_update=False):
+    """theta, alpha, random batches with w != 1 and a masked tail, labels of two tasks: float64."""
+    generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
     theta = policy.init_policy(PUSH, TINY, generator, torch.float64)
-    theta["z"] = 0.5 * normal(1, 2)
-    theta["log_std"] = theta["log_std"] + 0.2 * normal(1, 3).abs()
-    alpha = {name: 0.1 + 0.05 * normal(*value.shape) for name, value in theta.items()}
+    theta |= {"z": 0.5 * normal(1, 2), "log_std": theta["log_std"] + 0.2 * normal(1, 3).abs()}
+    sizes = inner_steps if own_sizes else 1
+    alpha = {name: 0.1 + 0.05 * normal(sizes, *value.shape) for name, value in theta.items()}
     batches = []
     for _ in range(inner_steps):
-        batch = {"observation": normal(n, size, 6), "action": 0.7 * normal(n, size, 3),
-                 "advantage": normal(n, size), "mask": torch.ones(n, size, dtype=torch.float64)}
+        batch = {"features": normal(2, 12, 6), "action": 0.7 * normal(2, 12, 3),
+                 "advantage": normal(2, 12), "mask": torch.ones(2, 12, dtype=torch.float64)}
         batch["mask"][0, -3:] = 0
-        behaviour = policy.log_prob(policy.per_task(theta, n), batch["observation"], batch["action"], TINY)
-        batch["log_prob"] = behaviour + 0.3 * normal(n, size)
-        batches.append(batch)
-    demonstration = normal(n, 10, 6), normal(n, 10, 3)
-    return theta, alpha, batches, demonstration
+        behaviour = policy.log_prob(policy.per_task(theta, 2), batch["features"], batch["action"],
+                                    TINY)
+        batches.append(batch | {"log_prob": behaviour + 0.3 * normal(2, 12)})
+    labels = {"adapted": (normal(2, 10, 6), normal(2, 10, 3))}
+    labels |= {"pre_update": (normal(3, 7, 6), normal(3, 7, 3))} if pre_update else {}
+    for value in (*theta.values(), *alpha.values()):
+        value.requires_grad_()
+    return theta, alpha, batches, labels
 
 
-def reference_log_prob(phi, batch):
-    mean, _ = reference_forward(phi, batch["observation"])
-    std = np.exp(phi["log_std"])
-    return (-((batch["action"] - mean) / std) ** 2 / 2 - np.log(std) - np.log(2 * np.pi) / 2).sum(1)
+def meta_loss(theta, alpha, batches, labels, settings=TINY):
+    return gmps.outer_loss(theta, gmps.adapt(theta, alpha, batches, settings), labels, settings)
 
 
 def reference_inner_gradient(phi, batch, weight):
-    """Gradient of -mean(log pi * weight * A) over the unmasked samples of one task, by hand-written backpropagation."""
-    mean, (x, h1, h2) = reference_forward(phi, batch["observation"])
+    """Gradient of -mean(log pi * weight * A) of one task, by hand-written backpropagation."""
+    mean, (x, h1, h2) = reference_forward(phi, batch["features"])
     deviation = (batch["action"] - mean) / np.exp(phi["log_std"])
     share = (-weight * batch["advantage"] * batch["mask"] / batch["mask"].sum())[:, None]
     d3 = share * deviation / np.exp(phi["log_std"])
     d2 = d3 @ phi["w3"].T * (h2 > 0)
     d1 = d2 @ phi["w2"].T * (h1 > 0)
-    total = dict(w3=h2.T @ d3, b3=d3.sum(0), w2=h1.T @ d2, b2=d2.sum(0), w1=x.T @ d1, b1=d1.sum(0),
-                 z=(d1 @ phi["w1"].T)[:, 6:].sum(0), log_std=(share * (deviation ** 2 - 1)).sum(0))
+    total = dict(w3=h2.T @ d3, b3=d3.sum(0), w2=h1.T @ d2, b2=d2.sum(0), w1=x.T @ d1,
+                 b1=d1.sum(0), z=(d1 @ phi["w1"].T)[:, 6:].sum(0),
+                 log_std=(share * (deviation ** 2 - 1)).sum(0))
     return {name: value.reshape(phi[name].shape) for name, value in total.items()}
 
 
-class ReferenceMetaLoss:
-    """The meta-objective in numpy, task by task, with the importance weights w of every inner step held fixed.
+def reference_meta_loss(theta, alpha, batches, labels, weights):
+    """(meta-objective, [phi_0, phi_1, ...] of every task) in numpy.
 
-    w = stopgrad(pi_phi) / pi_behaviour: for the gradient, of both orders, w is a number and not a function of theta.
-    Finite differences of the plain objective would differentiate through w as well, and differ. So the weights are
-    computed once, along the path of the parameters given here, and stay as they are when those are perturbed.
+    For the gradient w = stopgrad(pi_phi) / pi_behaviour is a number. So `weights`, at first {}, are
+    computed once, and stay when finite differences move theta.
     """
+    theta, alpha = ({k: v.detach().numpy() for k, v in part.items()} for part in (theta, alpha))
+    paths = [[theta] for _ in labels["adapted"][0]]
+    for i, path in enumerate(paths):
+        for k, batch in enumerate(batches):
+            phi, batch = path[-1], {name: value[i].numpy() for name, value in batch.items()}
+            if (i, k) not in weights:
+                deviation = batch["action"] - reference_forward(phi, batch["features"])[0]
+                log_p = (-(deviation / np.exp(phi["log_std"])) ** 2 / 2 - phi["log_std"]
+                         - np.log(2 * np.pi) / 2).sum(1)
+                weights[i, k] = np.exp(log_p - batch["log_prob"])
+            gradient = reference_inner_gradient(phi, batch, weights[i, k])
+            path.append({name: value - alpha[name][min(k, len(alpha[name]) - 1)] * gradient[name]
+                         for name, value in phi.items()})
 
-    def __init__(self, theta, alpha, batches, demonstration):
-        self.n = len(demonstration[0])
-        self.batches = [[{k: v[i].numpy() for k, v in batch.items()} for batch in batches] for i in range(self.n)]
-        self.demonstration = [[part[i].numpy() for part in demonstration] for i in range(self.n)]
-        self.weights = None
-        self(theta, alpha)
-
-    def __call__(self, theta, alpha):
-        theta, alpha = ({k: v.detach().numpy() for k, v in params.items()} for params in (theta, alpha))
-        total, weights, self.paths = 0.0, [], []
-        for i in range(self.n):
-            phi, path = theta, [theta]
-            for k, batch in enumerate(self.batches[i]):
-                if self.weights is None:
-                    weights.append(np.exp(reference_log_prob(phi, batch) - batch["log_prob"]))
-                weight = weights[-1] if self.weights is None else self.weights[i * len(self.batches[i]) + k]
-                gradient = reference_inner_gradient(phi, batch, weight)
-                own = {name: value[k] if value.ndim == 3 else value for name, value in alpha.items()}
-                phi = {name: value - own[name] * gradient[name] for name, value in phi.items()}
-                path.append(phi)
-            observation, action = self.demonstration[i]
-            means = [reference_forward(phi, observation)[0] for phi in path]
-            losses = [((0.9 * np.clip(mean, -1, 1) + 0.1 * mean - action) ** 2).sum(1).mean() for mean in means]
-            total += np.mean(losses[1:]) + TINY.pre_update_imitation * losses[0]
-            self.paths.append(path)
-        self.weights = self.weights or weights
-        return total / self.n
+    def imitation(phi, pair, i):
+        mean, _ = reference_forward(phi, pair[0][i].numpy())
+        return ((0.9 * np.clip(mean, -1, 1) + 0.1 * mean - pair[1][i].numpy()) ** 2).sum(1).mean()
+    before = labels.get("pre_update", labels["adapted"])
+    before = np.mean([imitation(theta, before, i) for i in range(len(before[0]))])
+    after = [imitation(phi, labels["adapted"], i) for i, path in enumerate(paths)
+             for phi in path[1:]]
+    return np.mean(after) + TINY.pre_update_imitation * before, paths
 
 
-@pytest.mark.parametrize("inner_steps, step_sizes", [(1, "shared"), (2, "shared"), (3, "shared"), (3, "per step")])
-def test_meta_gradient_against_finite_differences(inner_steps, step_sizes):
-    """Every element of theta and alpha, relative error per tensor at most 1e-6, w != 1, through 1 to 3 inner steps."""
-    theta, alpha, batches, demonstration = meta_problem(inner_steps)
-    if step_sizes == "per step":
-        alpha = {name: torch.stack([value, 0.5 * value, 0.2 * value]) for name, value in alpha.items()}
-    reference = ReferenceMetaLoss(theta, alpha, batches, demonstration)
-    assert all(np.abs(w - 1).max() > 0.2 for w in reference.weights), "importance weights must matter here"
-    assert min(phi["log_std"].min() for path in reference.paths for phi in path) > math.log(TINY.min_std)
-    for params in (theta, alpha):
-        for value in params.values():
-            value.requires_grad_()
-    loss, info = gmps.meta_loss(theta, alpha, batches, demonstration, TINY)
-    assert loss.item() == pytest.approx(reference(theta, alpha), rel=1e-12)
-    assert len(info) == inner_steps + 1
+@pytest.mark.parametrize("inner_steps, own_sizes, pre_update", [
+    (1, False, False), (2, False, True), (3, False, False), (3, True, False)])
+def test_meta_gradient_against_finite_differences(inner_steps, own_sizes, pre_update):
+    """Every element of theta and alpha to 1e-6, w != 1, and every phi on the way."""
+    theta, alpha, batches, labels = equations(inner_steps, own_sizes, pre_update)
+    expected, paths = reference_meta_loss(theta, alpha, batches, labels, weights := {})
+    assert all(np.abs(w - 1).max() > 0.2 for w in weights.values())
+    assert min(phi["log_std"].min() for path in paths for phi in path) > math.log(0.3)
+    given = policy.detached(theta)
+    for first_order in (False, True):
+        path = gmps.adapt(theta, alpha, batches, TINY, first_order)
+        assert all(np.allclose(phi[name][i].detach(), by_hand[name], rtol=1e-11, atol=1e-13)
+                   for i, own in enumerate(paths)
+                   for phi, by_hand in zip(path, own, strict=True) for name in theta)
+    loss, info = meta_loss(theta, alpha, batches, labels)
+    assert loss.item() == pytest.approx(expected, rel=1e-12) and len(info) == inner_steps + 1
     loss.backward()
     for params in (theta, alpha):
         for name, value in params.items():
-            estimate = finite_difference(value, lambda: reference(theta, alpha))
+            estimate = finite_difference(value, lambda: reference_meta_loss(
+                theta, alpha, batches, labels, weights)[0])
             if params is alpha and name == "log_std" and inner_steps == 1:
-                assert not estimate.any() and (value.grad is None or not value.grad.any()), "no path to mean actions"
+                assert not estimate.any() and (value.grad is None or not value.grad.any())
             else:
-                assert value.grad.shape == value.shape and estimate.norm() > 1e-6
-                assert relative_error(value.grad, estimate) <= 1e-6, name
-
-
-def test_adapted_parameters_are_those_of_the_task_by_task_reference():
-    theta, alpha, batches, demonstration = meta_problem(3, seed=1, n=3)
-    reference = ReferenceMetaLoss(theta, alpha, batches, demonstration)
-    for value in theta.values():
-        value.requires_grad_()
-    for first_order in (False, True):
-        path = gmps.adapt(theta, alpha, batches, TINY, 3, first_order)
-        assert len(path) == 4
-        for k, phi in enumerate(path):
-            for i in range(3):
-                for name, value in phi.items():
-                    assert np.allclose(value[i].detach().numpy(), reference.paths[i][k][name], rtol=1e-11, atol=1e-13)
+                assert estimate.norm() > 1e-6 and relative_error(value.grad, estimate) <= 1e-6
+    assert all(torch.equal(theta[name], given[name]) for name in theta)
 
 
 def test_stop_gradient_on_w_is_felt():
-    """The meta-gradient differs from finite differences in which w moves with theta: so the test above can fail."""
-    theta, alpha, batches, demonstration = meta_problem(1)
-    for value in theta.values():
-        value.requires_grad_()
-    exact, = torch.autograd.grad(gmps.meta_loss(theta, alpha, batches, demonstration, TINY)[0], theta["b3"])
-
-    def moving_w():
-        return gmps.meta_loss(theta, alpha, batches, demonstration, TINY)[0].item()
-
-    assert relative_error(exact, finite_difference(theta["b3"], moving_w)) > 1e-3
-
-
-def test_inner_step_in_closed_form():
-    """d/d b3 = -mean(w A (a - mu) / std^2), d/d log std = -mean(w A ((a - mu)^2 / std^2 - 1))."""
-    theta, alpha, (batch,), _ = meta_problem(1, seed=2)
-    phi = {name: value.clone().requires_grad_() for name, value in policy.per_task(theta, 2).items()}
-    after = gmps.inner_step(phi, alpha, batch, TINY)
-    x = torch.cat([batch["observation"], theta["z"].expand(2, 12, 2)], dim=-1)
-    mean = torch.relu(torch.relu(x @ theta["w1"] + theta["b1"]) @ theta["w2"] + theta["b2"]) @ theta["w3"] + theta["b3"]
-    std = theta["log_std"].exp()
-    deviation = batch["action"] - mean
-    log_prob = (-0.5 * (deviation / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
-    wA = (torch.exp(log_prob - batch["log_prob"]) * batch["advantage"] * batch["mask"])[..., None]
-    count = torch.tensor([9.0, 12.0]).view(2, 1, 1)  # unmasked samples of either task
-    for name, gradient in (("b3", -(wA * deviation / std ** 2).sum(1, keepdim=True) / count),
-                           ("log_std", -(wA * (deviation ** 2 / std ** 2 - 1)).sum(1, keepdim=True) / count)):
-        assert torch.allclose(after[name], theta[name] - alpha[name] * gradient, rtol=1e-12, atol=1e-14)
-        assert (after[name] - theta[name]).abs().max() > 1e-3
-
-
-def log_std_meta_gradient(second_order):
-    """Meta-gradient of theta after one inner step whose gradient is, or is not, cut off from theta."""
-    theta, alpha, (batch,), demonstration = meta_problem(1)
-    for value in theta.values():
-        value.requires_grad_()
-    phi = policy.per_task(theta, 2)
-    loss = gmps.inner_loss(phi, batch, TINY).sum()
-    gradient = torch.autograd.grad(loss, list(phi.values()), create_graph=second_order)
-    phi = {name: value - alpha[name] * g for (name, value), g in zip(phi.items(), gradient, strict=True)}
-    loss = gmps.imitation_loss(phi, *demonstration)
-    return dict(zip(theta, torch.autograd.grad(loss, list(theta.values()), allow_unused=True), strict=True))
+    """Finite differences in which w moves with theta differ: the test above can fail."""
+    theta, alpha, batches, labels = equations(1)
+    exact, = torch.autograd.grad(meta_loss(theta, alpha, batches, labels)[0], theta["b3"])
+    moving_w = finite_difference(
+        theta["b3"], lambda: meta_loss(theta, alpha, batches, labels)[0].item())
+    assert relative_error(exact, moving_w) > 1e-3
 
 
 def test_log_std_has_a_meta_gradient_at_second_order_only():
-    """Mean actions know nothing of log-std: it reaches the outer loss through the inner step's gradient alone.
-
-    The first-order step is emulated here (theta - alpha * constant), as `first_order=True` in gmps serves rollouts and
-    gives theta no gradient at all. The same step with its graph kept equals `meta_loss`'s own gradient.
-    """
-    first, second = log_std_meta_gradient(False), log_std_meta_gradient(True)
-    assert first["log_std"] is None or not first["log_std"].any()
-    assert first["w1"].norm() > 1e-3
-    assert second["log_std"].norm() > 1e-4
-    theta, alpha, batches, demonstration = meta_problem(1)
-    for value in theta.values():
-        value.requires_grad_()
+    """Mean actions do not see log-std. It reaches the outer loss through the inner gradient."""
+    theta, alpha, batches, labels = equations(1)
     settings = dataclasses.replace(TINY, pre_update_imitation=0.0)
-    gmps.meta_loss(theta, alpha, batches, demonstration, settings)[0].backward()
-    for name, value in theta.items():
-        assert torch.allclose(value.grad, second[name], rtol=1e-9, atol=1e-13)
+    exact = gmps.adapt(theta, alpha, batches, settings)
+    cut = [exact[0], {name: value + (exact[1][name] - value).detach()
+                      for name, value in exact[0].items()}]
+    for path, felt in ((exact, True), (cut, False)):
+        loss, _ = gmps.outer_loss(theta, path, labels, settings)
+        log_std, b1 = torch.autograd.grad(loss, [theta["log_std"], theta["b1"]], retain_graph=True,
+                                          allow_unused=True)
+        assert (log_std is not None and log_std.norm() > 1e-4) == felt and b1.norm() > 1e-3
 
 
-def test_log_std_floor():
-    """Below the floor std is the floor, and the log-probability no longer moves log-std."""
-    theta, _, (batch,), _ = meta_problem(1)
-    theta["log_std"] = torch.full_like(theta["log_std"], math.log(0.1)).requires_grad_()
-    phi = policy.per_task(theta, 2)
-    assert torch.allclose(policy.policy_std(phi, TINY), torch.tensor(0.3, dtype=torch.float64), rtol=1e-12, atol=0)
-    gradient, = torch.autograd.grad(gmps.inner_loss(phi, batch, TINY).sum(), theta["log_std"])
-    assert not gradient.any()
+def test_inner_step_in_closed_form():
+    """d/d b3 = -mean(w A (a - mu) / std^2), d/d log-std = -mean(w A ((a - mu)^2 / std^2 - 1)).
+
+    With w = min(pi_phi / pi_behaviour, max_weight), the mean over samples before an early end, and
+    a floor of std, below which log-std feels nothing.
+    """
+    theta, alpha, (batch,), _ = equations(1)
+    alpha = {name: value[0] for name, value in alpha.items()}
+    theta["log_std"].data[0, 0] = math.log(0.2)
+    after = gmps.inner_step(policy.per_task(theta, 2), alpha, batch,
+                            dataclasses.replace(TINY, max_weight=1.2))
+    x = torch.cat([batch["features"], theta["z"].expand(2, 12, 2)], dim=-1)
+    hidden = torch.relu(torch.relu(x @ theta["w1"] + theta["b1"]) @ theta["w2"] + theta["b2"])
+    std = theta["log_std"].exp().clamp(min=0.3)
+    deviation = batch["action"] - hidden @ theta["w3"] - theta["b3"]
+    log_prob = torch.distributions.Normal(0.0, std).log_prob(deviation).sum(-1)
+    w = (log_prob - batch["log_prob"]).exp()
+    assert w.min() < 0.9 and (w > 1.2).any()
+    w_a = (w.clamp(max=1.2) * batch["advantage"] * batch["mask"])[..., None]
+    count = torch.tensor([9.0, 12.0]).view(2, 1, 1)
+    felt = (deviation ** 2 / std ** 2 - 1) * torch.tensor([0.0, 1.0, 1.0])
+    for name, each in (("b3", deviation / std ** 2), ("log_std", felt)):
+        gradient = -(w_a * each).sum(1, keepdim=True) / count
+        expected = theta[name] - alpha[name] * gradient
+        assert torch.allclose(after[name], expected, rtol=1e-12, atol=1e-14)
+        assert (after[name] - theta[name]).abs().max() > 1e-3
 
 
-def test_adaptation_leaves_theta_untouched():
-    """Bit for bit, in second and first order, and phi_0 is theta for every task."""
-    theta, alpha, batches, demonstration = meta_problem(2)
-    before = {name: value.clone() for name, value in theta.items()}
-    for value in theta.values():
-        value.requires_grad_()
-    for first_order in (False, True):
-        path = gmps.adapt(theta, alpha, batches, TINY, 2, first_order)
-        gmps.meta_loss(theta, alpha, batches, demonstration, TINY)[0].backward()
-    assert all(torch.equal(theta[name], before[name]) for name in theta)
-    assert all(torch.equal(path[0][name][i], before[name]) for name in theta for i in range(2))
-    assert all((path[1][name] - before[name]).abs().max() > 1e-6 for name in theta)
+def test_imitation_loss_by_hand():
+    """Plain squares inside [-1, 1], outside a tenth of what is over; mean over states and tasks."""
+    zeros = {"w1": (8, 2), "b1": (1, 2), "w2": (2, 2), "b2": (1, 2), "w3": (2, 3), "z": (1, 2)}
+    phi = {name: torch.zeros(2, *shape) for name, shape in zeros.items()}
+    phi["b3"] = torch.tensor([[[0.5, 1.5, -3.0]], [[0.0, 1.0, 1.0]]])
+    action = torch.tensor([0.0, 1.0, 1.0]).expand(2, 4, 3)
+    loss = gmps.imitation_loss(phi, torch.zeros(2, 4, 6), action).item()
+    assert loss == pytest.approx((0.5 ** 2 + 0.05 ** 2 + 2.2 ** 2) / 2, rel=1e-6)
 
 
-def test_tasks_adapt_independently():
-    """Changing task 1's rollouts changes phi_1 and no bit of phi_0."""
-    theta, alpha, batches, _ = meta_problem(2)
-    for value in theta.values():
-        value.requires_grad_()
-    one = gmps.adapt(theta, alpha, batches, TINY, 2)[-1]
-    for batch in batches:
-        batch["advantage"][1] += 1.0
-    two = gmps.adapt(theta, alpha, batches, TINY, 2)[-1]
-    assert all(torch.equal(one[name][0], two[name][0]) for name in theta)
-    assert all(not torch.equal(one[name][1], two[name][1]) for name in theta)
-
-
-def test_weights_of_the_inner_step_are_bounded():
-    """w = e^2 counts as max_weight = 3, w = 1/e as it is: the loss by hand."""
-    settings = dataclasses.replace(TINY, max_weight=3.0)
-    phi = policy.per_task(policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0)), 1)
-    generator = torch.Generator().manual_seed(1)
-    batch = {"observation": torch.randn(1, 4, 6, generator=generator), "action": torch.randn(1, 4, 3, generator=generator),
-             "advantage": torch.tensor([[1.0, -2.0, 3.0, 0.5]]), "mask": torch.ones(1, 4)}
-    log_prob = policy.log_prob(phi, batch["observation"], batch["action"], settings)
-    batch["log_prob"] = log_prob - torch.tensor([[2.0, -1.0, 0.0, 2.0]])
-    weight = torch.tensor([[3.0, math.exp(-1.0), 1.0, 3.0]])
-    expected = -(log_prob * weight * batch["advantage"]).mean()
-    assert gmps.inner_loss(phi, batch, settings).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_pre_update_policy_may_imitate_other_tasks():
-    """With `exploration`, phi_0's loss is that on those pairs; the adapted policies' losses are as without."""
+def test_step_sizes_of_every_gradient_step():
+    """Two trained steps, then a quarter of the one before, or 0.4 of what is positive."""
     theta = policy.init_policy(PUSH, TINY, torch.Generator().manual_seed(0))
-    theta = {name: value.requires_grad_() for name, value in theta.items()}
-    alpha = gmps.init_step_sizes(theta, TINY)
-    generator = torch.Generator().manual_seed(4)
-
-    def pairs(n):
-        return torch.randn(n, 5, 6, generator=generator), torch.rand(n, 5, 3, generator=generator)
-    batch = {"observation": torch.randn(2, 7, 6, generator=generator), "action": torch.randn(2, 7, 3, generator=generator),
-             "advantage": torch.randn(2, 7, generator=generator), "mask": torch.ones(2, 7)}
-    phi = policy.per_task(theta, 2)
-    batch["log_prob"] = policy.log_prob(phi, batch["observation"], batch["action"], TINY).detach()
-    demonstration, exploration = pairs(2), pairs(3)
-    loss, info = gmps.meta_loss(theta, alpha, [batch], demonstration, TINY)
-    other, other_info = gmps.meta_loss(theta, alpha, [batch], demonstration, TINY, exploration)
-    expected = gmps.imitation_loss(policy.per_task(theta, 3), *exploration)
-    assert torch.equal(info["imitation_1"], other_info["imitation_1"])
-    assert other_info["imitation_0"].item() == pytest.approx(expected.item(), rel=1e-6)
-    assert (other - loss).item() == pytest.approx(0.3 * (expected - info["imitation_0"]).item(), rel=1e-4)
+    for choice, steps in (("one", 1), ("per step", 2)):
+        settings = dataclasses.replace(TINY, inner_steps=2, step_sizes=choice)
+        start = gmps.init_step_sizes(theta | {"conv1_w": torch.zeros(2, 3, 5, 5)}, settings)
+        assert start.keys() == theta.keys() and not start["log_std"].any()
+        for name, value in start.items():
+            assert value.shape == (steps, *theta[name].shape)
+            assert name == "log_std" or (value == np.float32(0.1)).all()
+    alpha = {"b3": torch.tensor([[1.0, -1.0], [0.8, -0.4]]).view(2, 1, 2)}
+    for choice, later in (("shrinking", [[0.2, -0.1], [0.05, -0.025]]),
+                          ("climbing", [[0.32, 0.0], [0.32, 0.0]])):
+        settings = dataclasses.replace(settings, later_steps=choice)
+        for k, expected in enumerate([[1.0, -1.0], [0.8, -0.4], *later]):
+            size = gmps.step_sizes(alpha, k, settings)["b3"]
+            assert size.flatten().tolist() == pytest.approx(expected)
 
 
-def test_every_inner_step_may_have_its_own_step_sizes():
-    """Two steps by hand with alpha_0 = 0.1 and alpha_1 = 0.02; past the last step, its own again."""
-    settings = dataclasses.replace(TINY, step_sizes="per step", inner_steps=2)
-    theta = policy.init_policy(PUSH, settings, torch.Generator().manual_seed(0))
-    alpha = gmps.init_step_sizes(theta, settings)
-    assert all(value.shape == (2, *theta[name].shape) for name, value in alpha.items())
-    alpha = {name: value * torch.tensor([1.0, 0.2]).view(2, 1, 1) for name, value in alpha.items()}
-    generator = torch.Generator().manual_seed(5)
-    batch = {"observation": torch.randn(1, 6, 6, generator=generator), "action": torch.randn(1, 6, 3, generator=generator),
-             "advantage": torch.randn(1, 6, generator=generator), "mask": torch.ones(1, 6), "log_prob": torch.zeros(1, 6)}
-    path = gmps.adapt(theta, alpha, [batch] * 3, settings, 1, first_order=True)
-    for k, size in enumerate((0.1, 0.02, 0.02)):
-        phi = {name: value.detach().requires_grad_() for name, value in path[k].items()}
-        gmps.inner_loss(phi, batch, settings).sum().backward()
-        for name in ("w1", "b3", "z"):
-            assert torch.allclose(path[k + 1][name], phi[name] - size * phi[name].grad, atol=1e-6)
+# ---------------------------------------------------------------- the algorithm, step by step
+STEPS = dataclasses.replace(
+    TINY, seed=1, training_tasks=3, episodes=3, collections=2, meta_steps=3, inner_steps=2,
+    meta_batch=2, aggregation_episodes=1, imitation_steps=2, learning_rate=0.02, warm_up_steps=4,
+    clip_norm=0.1, init_std=0.3, pre_update_imitation=0.1)
+
+
+def watched(settings=STEPS, state=None, experts=scripted_expert):
+    """What `train` does, in order: [(event, what it brings)].
+
+    In every rollout environment 1 ends after 20 steps, and nothing behind that may be seen.
+    """
+    events, rng = [], np.random.default_rng(0)
+
+    def note(event, value):
+        events.append((event, value))
+        return value
+
+    class Drawn(Demonstrations):
+        def sample(self, family, generator, tasks, count, device="cpu"):
+            drawn = super().sample(family, generator, tasks, count, device)
+            return note("labels", (tasks, *drawn))[1:]
+
+    def rollout(actor, tasks, episodes):
+        result = environments.rollout(actor, tasks, episodes)
+        result["diverged"][1], result["observations"][1, 21:] = True, 1e6
+        result["mask"][1, 20:] = result["rewards"][1, 20:] = 0
+        note("rollout", (policy.detached(actor.phi), actor.with_features(result), tasks, episodes))
+        return result
+
+    def ask(observations, tasks):
+        return note("expert", (observations, experts(observations, tasks)))[1]
+    tasks, environments = task_set(PUSH, "train", settings.training_tasks), Environments(PUSH, 1)
+    n, asked = len(tasks), None if experts is None else ask
+    given = Drawn(rng.normal(PUSH.observation_centre, 0.1, (n, 40, 6)),
+                  rng.uniform(-1, 1, (n, 40, 3)))
+    problem = make_problem(tasks, meta_test=lambda adapter: note("meta-test", adapter))
+    problem.train_experts = lambda: note("experts", asked)
+    problem.demonstrate = lambda experts: (note("demonstrations", experts), given)[1]
+    problem.rollout = rollout
+    for new, metrics in gmps.train(problem, settings, state):
+        note("yield", (new, metrics, through_bytes(new)))
+    return events
+
+
+def named(events, name):
+    return [value for event, value in events if event == name]
+
+
+@pytest.fixture(scope="module")
+def steps():
+    return watched()
+
+
+@pytest.fixture(scope="module")
+def collections(steps):
+    """Of each collection: (theta, alpha) before and after, the batches of 3a, its events."""
+    out, rollouts, scales = [], named(steps, "rollout"), [None, None]
+    theta = named(steps, "yield")[0][0]["policy"]["no_adaptation"]
+    before = theta, gmps.init_step_sizes(theta, STEPS)
+    for c, (state, metrics, _) in enumerate(named(steps, "yield")):
+        own, learned = rollouts[3 * c:3 * c + 3], state["policy"]
+        batches, scales = zip(*(policy_gradient_batch(episodes, phi, PUSH, STEPS, scale)
+                                for (phi, episodes, *_), scale in zip(own, scales)))
+        assert learned["scales"] == list(scales), "fixed by the first collection"
+        after = learned["theta"], learned["alpha"]
+        out.append((before, after, batches, own, metrics))
+        before = after
+    return out
+
+
+def close(params, expected, atol=1e-5):
+    return all(torch.allclose(params[name], expected[name], rtol=0, atol=atol) for name in expected)
+
+
+def test_order_of_the_algorithm(steps):
+    """Steps 1 and 2, two steps of imitation; twice 3a, 3b, 3c; meta-test last."""
+    collection = ["rollout", "rollout", *["labels"] * 3, "rollout", "expert", "yield"]
+    assert [event for event, _ in steps] == ["experts", "demonstrations", "labels", "labels",
+                                             *collection, *collection, "meta-test"]
+    assert named(steps, "demonstrations") == named(steps, "experts") != [None]
+    tasks = task_set(PUSH, "train", 3).tolist()
+    assert [(on.tolist(), episodes) for _, _, on, episodes in named(steps, "rollout")] == [
+        (tasks, 3), (tasks, 3), (tasks, 1)] * 2
+
+
+def test_who_collects(collections):
+    """3a: pi_theta, then pi_phi of each inner step. 3c: pi_phi of the new theta on the same D_i."""
+    noises = set()
+    for before, after, batches, rollouts, _ in collections:
+        for (phi, episodes, *_), (theta, alpha), seen in zip(
+                rollouts, (before, before, after), ([], batches[:1], batches), strict=True):
+            assert close(phi, gmps.adapt(theta, alpha, seen, STEPS, first_order=True, n=3)[-1])
+            mean = policy.mean_action(phi, episodes["features"].flatten(1, 2))
+            noise = torch.as_tensor(episodes["actions"]).view(mean.shape) - mean
+            noise = noise / phi["log_std"].exp()
+            assert abs(noise.square().mean().item() - 1) < 4 * math.sqrt(2 / noise.numel())
+            noises.add(round(noise[0, 0, 0].item(), 3))
+            observation = policy.normalised(PUSH, episodes["observations"][:, :20])
+            assert torch.equal(episodes["features"][:, :, :20].flatten(0, 1), observation)
+        for one, other in ((0, 1), (0, 2), (1, 2)):
+            assert not close(rollouts[one][0], rollouts[other][0], atol=1e-3)
+        stale = gmps.adapt(*before, batches, STEPS, first_order=True)[-1]
+        assert not close(rollouts[2][0], stale, atol=1e-3), "a theta from before step 3b shows"
+    assert len(noises) == 6, "each rollout has noise of its own"
+
+
+def test_w_is_one_at_the_first_meta_step(collections):
+    """When phi is the policy that collected; later it is not."""
+    for before, after, batches, *_ in collections:
+        for params, first in ((before, True), (after, False)):
+            path = gmps.adapt(*params, batches, STEPS, first_order=True)
+            for phi, batch in zip(path, batches):
+                log_p = policy.log_prob(phi, batch["features"], batch["action"], STEPS)
+                w = gmps.importance_weights(log_p, batch, STEPS)
+                assert ((w - 1).abs().max().item() < 1e-4) == first
+
+
+def test_meta_steps_by_hand(steps, collections):
+    """3b: Adam on theta and alpha, its clipped gradients, rates and floor; metrics of that moment.
+
+    Rates: warm-up over four meta-steps, and a fall to a tenth over all six.
+    """
+    labels = iter(named(steps, "labels")[2:])
+    theta, alpha = ({name: value.clone() for name, value in part.items()}
+                    for part in collections[0][0])
+    groups = [list(theta.values()), [alpha[name] for name in alpha if name != "log_std"]]
+    for value in sum(groups, []):
+        value.requires_grad_()
+    adam, step = torch.optim.Adam([{"params": group} for group in groups]), 0
+    for _, after, batches, rollouts, metrics in collections:
+        for _ in range(3):
+            tasks, x, action = next(labels)
+            assert len(set(tasks)) == 2
+            inner = [{name: value[tasks] for name, value in batch.items()} for batch in batches]
+            loss, info = meta_loss(theta, alpha, inner, {"adapted": (x, action)}, STEPS)
+            gradient = torch.autograd.grad(loss, sum(groups, []))
+            norm = math.sqrt(sum(g.square().sum().item() for g in gradient))
+            for value, g in zip(sum(groups, []), gradient):
+                value.grad = g * min(1.0, 0.1 / norm)
+            factor = min(1.0, (step + 1) / 4) * (1 - 0.9 * step / 6)
+            for group, rate in zip(adam.param_groups, (0.02, 0.01)):
+                group["lr"] = rate * factor
+            adam.step()
+            theta["log_std"].data.clamp_(min=math.log(0.3))
+            step += 1
+        assert norm > 0.2 and (step > 3 or (theta["log_std"] == math.log(0.3)).any()), "they matter"
+        assert close(after[0], theta) and close(after[1], alpha)
+        path = gmps.adapt(theta, alpha, inner, STEPS, first_order=True)
+        w = torch.cat([torch.exp(policy.log_prob(phi, batch["features"], batch["action"], STEPS)
+                                 - batch["log_prob"])[batch["mask"] > 0]
+                       for phi, batch in zip(path, inner)])
+        first, _, adapted = (episodes for _, episodes, *_ in rollouts)
+        expected = {
+            "iteration": step // 3, "progress": step / 6, "env_steps": step // 3 * (1050 - 90),
+            "gradient_norm": norm, "weight_mean": w.mean().item(), "weight_max": w.max().item(),
+            "divergences": 3, "return": first["rewards"].sum(1).mean(),
+            "distance": first["distances"][:, -1].mean(),
+            "adapted_return": adapted["rewards"].sum(1).mean(),
+            "adapted_distance": adapted["distances"][:, -1].mean(),
+            **{name: value.item() for name, value in info.items()}}
+        assert metrics == pytest.approx(expected, rel=3e-5) and w.max() > 1.001
+
+
+def test_aggregation(steps):
+    """3c: visited states, none from behind an early end, with pi*_i's actions there, join D*_i."""
+    for c, (observations, actions) in enumerate(named(steps, "expert")):
+        _, episodes, tasks, _ = named(steps, "rollout")[3 * c + 2]
+        assert np.array_equal(observations, episodes["observations"][:, :-1])
+        added = [part.numpy()[:, 50 * c:50 * (c + 1)] for part in
+                 named(steps, "yield")[1][0]["training"]["aggregated"]]
+        assert np.array_equal(added[0], observations) and np.array_equal(added[1], actions)
+        assert np.array_equal(actions, scripted_expert(observations, tasks))
+        assert added[2].dtype == bool and added[2].sum(1).tolist() == [50, 20, 50]
+    visited = policy.normalised(PUSH, named(steps, "expert")[0][0]).flatten(0, 1)
+    later = torch.cat([x.flatten(0, 1) for _, x, _ in named(steps, "labels")[-3:]])
+    assert later.abs().max() < 1e3
+    assert 0.2 < (torch.cdist(later, visited).amin(1) < 1e-5).float().mean() < 0.8
+
+
+def test_meta_test_by_hand(steps):
+    """Two new tasks, three gradient steps, one more than trained: every row of both lists."""
+    adapter, problem = named(steps, "meta-test")[0], make_problem(task_set(PUSH, "held_out", 2))
+    state = named(steps, "yield")[-1][0]["policy"]
+    lists = evaluate(Environments(PUSH, 1), adapter, problem.tasks, 3, 4, seed=7).lists
+    generator, batches = random_streams(7, "evaluation", 0)[1], []
+    for k in range(4):
+        phi = gmps.adapt(state["theta"], state["alpha"], batches, STEPS, True, n=2)[-1]
+        mean = problem.rollout(policy.Actor(phi, PUSH, STEPS), problem.tasks, 1)
+        sampled = policy.explore(phi, problem, STEPS, 4, generator)
+        for name, episodes in (("held_out", mean), ("held_out_sampled", sampled)):
+            rows = by_round(lists[name])[k]
+            for key, values in (("return", episodes["rewards"].sum(1)),
+                                ("final_distance", episodes["distances"][:, -1])):
+                expected = values.reshape(2, -1).mean(1)
+                assert [row[key] for row in rows] == pytest.approx(expected, rel=1e-5)
+        batches.append(policy_gradient_batch(sampled, phi, PUSH, STEPS,
+                                             state["scales"][min(k, 1)])[0])
+    assert len({round(row["return"], 3) for row in lists["held_out"]}) >= 7, "every step shows"

@@ -1,8 +1,9 @@
 """Multi-task imitation: one policy that imitates all experts, then policy gradient at test time.
 
-It is what guided meta-policy search does without its meta-objective: the same experts, the same
-demonstrations, the same policy, the same inner step. Only nothing has taught the policy to adapt,
-so one step size, the same for all parameters, takes the place of the learned ones.
+It is guided meta-policy search without its meta-objective: the same experts, the demonstrations of
+step 2, the same policy. Nothing has taught this policy to adapt. So one step size, the same for all
+parameters that adapt, takes the place of the learned ones. Each task's advantages are divided by
+their own size.
 """
 import dataclasses
 from collections.abc import Iterator
@@ -33,7 +34,9 @@ class Adapter(gmps.Adapter):
     """GMPS's own adapter with one fixed step size."""
 
     def __init__(self, policy: dict, family, settings: Settings, device="cpu"):
-        settings = dataclasses.replace(settings, init_step_size=settings.step_size)
+        # A common scale would need rollouts on the training tasks, so each task has its own.
+        settings = dataclasses.replace(settings, init_step_size=settings.step_size,
+                                       advantage_scale="per task")
         alpha = gmps.init_step_sizes(policy["theta"], settings)
         super().__init__({"theta": policy["theta"], "alpha": alpha, "scales": [None]}, family,
                          settings, device)

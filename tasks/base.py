@@ -31,7 +31,8 @@ class TaskFamily:
     task_limits = None          # (low, high): tasks outside are refused. None: the range above
     rewards = ("dense",)        # what --reward offers; the usual one first
     outcome_size = 0            # numbers that hold all a reward for any task needs. 0: rewards are
-                                # not computed anew for other tasks, and experts learn more slowly
+                                # not computed anew for other tasks, and experts learn more slowly.
+                                # Leave it 0 where the end of an episode depends on the task
     # ---- Optional: learning
     observation_centre = 0.0    # networks see (observation - centre) / scale,
     observation_scale = 1.0     # numbers or arrays (observation_size,)
@@ -69,7 +70,6 @@ class TaskFamily:
         `outcome` (..., outcome_size) is that after the step, `action` (..., action_size) is
         clipped, `task` (..., task_size). Needed where outcome_size is not 0.
         """
-        raise TypeError(f"{type(self).__name__} has an outcome_size but no reward_terms")
 
     def bands(self) -> list[tuple[str, np.ndarray]]:
         """[(label, tasks)] inside and outside the training range for --extrapolate; none here."""

@@ -27,7 +27,7 @@ class GymnasiumBatch:
             env = family.make_env(render_mode)
             box = env.action_space
             if not (np.all(box.low == -1) and np.all(box.high == 1)):
-                env = gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
+                env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
             return TaskOption(env)
         self.num_envs, self.family = num_envs, family
         self.vector = gymnasium.vector.SyncVectorEnv([make] * num_envs)
@@ -35,6 +35,7 @@ class GymnasiumBatch:
     def reset(self, *, options: dict):
         tasks = task_of_each(self.family, options["task"], self.num_envs)
         self.vector.set_attr("next_task", list(tasks))
+        self._finished = np.zeros(self.num_envs, bool)
         observation, info = self.vector.reset(seed=0)
         self.outcomes = np.zeros((self.num_envs, self.family.outcome_size))
         return np.asarray(observation, dtype=float), info
@@ -43,10 +44,17 @@ class GymnasiumBatch:
         dtype = self.vector.single_action_space.dtype
         observation, reward, terminated, truncated, info = self.vector.step(
             np.clip(actions, -1.0, 1.0).astype(dtype))
-        if "goal_distance" not in info:
-            raise ValueError(f'{self.family.name}: step() must put "goal_distance" into its info')
-        if self.family.outcome_size:
-            self.outcomes = np.array(info["outcome"], dtype=float)
+        # In the step after its end an environment is only reset: it has no distance to tell.
+        resetting, self._finished = self._finished, terminated | truncated
+        if resetting.all():
+            info["goal_distance"] = np.zeros(self.num_envs)
+        else:
+            needed = ["goal_distance"] + ["outcome"] * bool(self.family.outcome_size)
+            for name in needed:
+                if name not in info:
+                    raise ValueError(f'{self.family.name}: step() must put "{name}" into its info')
+            if self.family.outcome_size:
+                self.outcomes = np.array(info["outcome"], dtype=float)
         return np.asarray(observation, dtype=float), reward, terminated, truncated, info
 
     def render(self) -> np.ndarray:

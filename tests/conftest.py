@@ -44,6 +44,12 @@ def record(env, actions, task):
     return np.array(observations), np.array(rewards)
 
 
+def replay(actions):
+    """A policy that plays actions (B, T, act)."""
+    steps = iter(np.swapaxes(actions, 0, 1))
+    return lambda observation, last: next(steps)
+
+
 def push_north(steps=HORIZON, num_envs=1):
     """Actions that push the block a decimetre or two in +y, with some x motion."""
     actions = np.zeros((steps, num_envs, 3), np.float32)
