@@ -378,7 +378,7 @@ def rollout(env, policy, tasks: np.ndarray, keep_images: bool = False) -> dict:
         for name, value in (*((name, seen[name]) for name in kept), *zip(keys, values)):
             steps[name].append(value)
         terminated |= ended & alive
-        diverged |= info.get("diverged", False) & alive
+        diverged |= np.asarray(info.get("diverged", False), bool) & alive
         alive = alive & ~(ended | truncated)
         last = {"reward": reward * steps["mask"][-1], "alive": alive}
     return {key: np.stack(value, axis=1) for key, value in steps.items()} | {

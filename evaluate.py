@@ -90,8 +90,8 @@ def adapt_and_measure(out: Evaluation, environments: Environments, adapter, task
     for k in range(rounds + 1):
         counts = {"gradient_steps": updates, "adaptation_episodes": k * episodes}
         out.lists["held_out"] += measure(out, environments, adapter, tasks, **counts)
-        if k in FILM_ROUNDS:
-            out.stages.setdefault(k, copy.deepcopy(adapter))
+        if k in FILM_ROUNDS and k not in out.stages:
+            out.stages[k] = copy.deepcopy(adapter)
         if k == rounds and not explore_last:
             break
         # K episodes side by side and one update, or one after the other, each with an update.

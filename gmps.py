@@ -82,11 +82,9 @@ def init_step_sizes(theta: Params, settings: Settings) -> Params:
     theta's log-std, is meta-learned.
     """
     steps = settings.inner_steps if settings.step_sizes == "per step" else 1
-
-    def size(name, value):
-        start = 0.0 if name == "log_std" else settings.init_step_size
-        return torch.full_like(value, start).repeat(steps, 1, 1)
-    return {name: size(name, value) for name, value in theta.items() if not is_convolution(name)}
+    alpha = {name: torch.full_like(value, settings.init_step_size).repeat(steps, 1, 1)
+             for name, value in theta.items() if not is_convolution(name)}
+    return alpha | {"log_std": torch.zeros_like(alpha["log_std"])}
 
 
 def step_sizes(alpha: Params, k: int, settings: Settings) -> Params:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from envs import rollout
-from policy import Params, correlated_noise, features, normalised
+from policy import CorrelatedNoise, Params, features, normalised
 from sac import SoftActorCritic, squashed_mean
 from settings import Settings, random_streams
 
@@ -178,7 +178,7 @@ def train_experts(env, tasks: np.ndarray, settings: Settings, state: dict | None
 
     for iteration in range(first, settings.expert_iterations):
         rng, generator = random_streams(settings.seed, "experts", iteration)
-        noise = correlated_noise((learners, env.num_envs // learners, family.action_size),
+        noise = CorrelatedNoise((learners, env.num_envs // learners, family.action_size),
                                  settings.expert_noise_correlation, generator)
 
         def explore(observation, last):

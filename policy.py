@@ -10,7 +10,6 @@ and never have a task axis. Letters in shapes: n tasks, K episodes per task, T s
 task, F features.
 """
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -97,20 +96,25 @@ def log_prob(phi: Params, x: torch.Tensor, action: torch.Tensor,
 
 
 # ---------------------------------------------------------------- acting
-def correlated_noise(shape: tuple[int, ...], correlation: float,
-                     generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Endless standard normal noise, each correlated with the one before [ours].
+class CorrelatedNoise:
+    """Endless standard normal noise: each `next` is correlated with the one before [ours].
 
     An ant that is controlled at 100 Hz moves its legs only by noise that lasts. Each step's noise
     is still standard normal by itself. Given the state it is not, since earlier noise has shaped
     the state. The inner loss takes the densities of single steps: with lasting noise they are an
     approximation.
     """
-    noise = torch.randn(shape, generator=generator)
-    while True:
-        yield noise
-        fresh = torch.randn(shape, generator=generator)
-        noise = correlation * noise + math.sqrt(1 - correlation ** 2) * fresh
+
+    def __init__(self, shape: tuple[int, ...], correlation: float, generator: torch.Generator):
+        self.shape, self.correlation, self.generator = shape, correlation, generator
+        self.noise = None
+
+    def __next__(self) -> torch.Tensor:
+        fresh, kept = torch.randn(self.shape, generator=self.generator), self.correlation
+        if self.noise is not None:
+            fresh = kept * self.noise + math.sqrt(1 - kept ** 2) * fresh
+        self.noise = fresh
+        return fresh
 
 
 class Actor:
@@ -134,8 +138,8 @@ class Actor:
             return mean.flatten(0, 1).cpu().numpy()
         self.seen.append(x.cpu())
         if self.noise is None:
-            self.noise = correlated_noise(tuple(mean.shape), self.settings.noise_correlation,
-                                          self.generator)
+            self.noise = CorrelatedNoise(tuple(mean.shape), self.settings.noise_correlation,
+                                         self.generator)
         # Not clipped here: the environment clips, and log pi must be that of the sample itself.
         action = mean + action_std(self.phi, self.settings) * next(self.noise).to(mean)
         return action.flatten(0, 1).cpu().numpy()

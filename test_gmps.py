@@ -194,25 +194,6 @@ def test_imitation_loss_by_hand():
     assert loss == pytest.approx((0.5 ** 2 + 0.05 ** 2 + 2.2 ** 2) / 2, rel=1e-6)
 
 
-def test_step_sizes_of_every_gradient_step():
-    """Two trained steps, then a quarter of the one before, or 0.4 of what is positive."""
-    theta = policy.init_policy(PUSH, TINY, torch.Generator().manual_seed(0))
-    for choice, steps in (("one", 1), ("per step", 2)):
-        settings = dataclasses.replace(TINY, inner_steps=2, step_sizes=choice)
-        start = gmps.init_step_sizes(theta | {"conv1_w": torch.zeros(2, 3, 5, 5)}, settings)
-        assert start.keys() == theta.keys() and not start["log_std"].any()
-        for name, value in start.items():
-            assert value.shape == (steps, *theta[name].shape)
-            assert name == "log_std" or (value == np.float32(0.1)).all()
-    alpha = {"b3": torch.tensor([[1.0, -1.0], [0.8, -0.4]]).view(2, 1, 2)}
-    for choice, later in (("shrinking", [[0.2, -0.1], [0.05, -0.025]]),
-                          ("climbing", [[0.32, 0.0], [0.32, 0.0]])):
-        settings = dataclasses.replace(settings, later_steps=choice)
-        for k, expected in enumerate([[1.0, -1.0], [0.8, -0.4], *later]):
-            size = gmps.step_sizes(alpha, k, settings)["b3"]
-            assert size.flatten().tolist() == pytest.approx(expected)
-
-
 # ---------------------------------------------------------------- the algorithm, step by step
 STEPS = dataclasses.replace(
     TINY, seed=1, training_tasks=3, episodes=3, collections=2, meta_steps=3, inner_steps=2,

@@ -47,7 +47,7 @@ def test_random_streams_are_distinct_and_repeatable():
 
 def test_exploration_noise_is_standard_normal_and_lasts():
     """Variance 1 at every step, correlation rho^k between noises k steps apart; six errors."""
-    noise = policy.correlated_noise((40_000,), 0.8, torch.Generator().manual_seed(0))
+    noise = policy.CorrelatedNoise((40_000,), 0.8, torch.Generator().manual_seed(0))
     rows = torch.stack([next(noise) for _ in range(6)]).double()
     expected = 0.8 ** (torch.arange(6)[:, None] - torch.arange(6)).abs().double()
     assert (rows @ rows.T / 40_000 - expected).abs().max() < 6 * math.sqrt(2 / 40_000)
@@ -58,7 +58,7 @@ def test_actions_are_the_policys_mean_and_noise_of_its_own(collected):
     """Each task's own network and std, not below the floor (0.3), unclipped; else mean actions."""
     phi, episodes, *_ = collected
     single = [{name: value[i].double().numpy() for name, value in phi.items()} for i in (0, 1)]
-    noise = policy.correlated_noise((2, 3, 3), 0.7, torch.Generator().manual_seed(1))
+    noise = policy.CorrelatedNoise((2, 3, 3), 0.7, torch.Generator().manual_seed(1))
     std = np.array([[[0.6, 0.3, 0.9]], [[0.5, 0.4, 0.3]]])
     actor, quiet = (policy.Actor(phi, PUSH, NOISY, g) for g in (torch.Generator(), None))
     for t in range(50):

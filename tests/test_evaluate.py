@@ -259,7 +259,10 @@ def test_bands():
 
 # ---------------------------------------------------------------- a baseline
 def test_multitask_imitation():
-    """One collection without a step; at test time theta - step_size * gradient, twice, by hand."""
+    """One collection without a step; at test time theta - step_size * gradient, twice, by hand.
+
+    Each task's advantages are divided by their own root mean square.
+    """
     settings = multitask.Settings(hidden=8, imitation_steps=2, step_size=0.2, inner_steps=1)
     tasks, rng, met = task_set(PUSH, "train", 2), np.random.default_rng(0), []
     given = Demonstrations(rng.normal(size=(2, 9, 6)), rng.uniform(-1, 1, (2, 9, 3)))
@@ -274,10 +277,12 @@ def test_multitask_imitation():
     adapter.begin(2, torch.Generator().manual_seed(0))
     for _ in range(2):
         episodes = problem.rollout(adapter.act, tasks, 3)
-        batch, _ = policy_gradient_batch(adapter.actor.with_features(episodes), phi, PUSH, settings)
+        batch, _ = policy_gradient_batch(adapter.actor.with_features(episodes), phi, PUSH, settings,
+                                         scale=1.0)
+        advantage = batch["advantage"] / batch["advantage"].square().mean(1, keepdim=True).sqrt()
         phi = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
         log_p = log_prob(phi, batch["features"], batch["action"], settings)
-        (log_p * batch["advantage"]).mean(1).sum().backward()
+        (log_p * advantage).mean(1).sum().backward()
         adapter.update(episodes)
         for name, value in phi.items():
             step = 0.0 if name == "log_std" else 0.2 * value.grad

@@ -9,7 +9,7 @@ import torch
 import local_policies
 from envs import BatchEnv, rollout, task_set
 from local_policies import Replay
-from policy import correlated_noise
+from policy import CorrelatedNoise
 from sac import squashed_mean, squashed_sample
 from settings import Settings, random_streams
 from tests.conftest import PUSH, random_actions, scripted_expert, through_bytes
@@ -151,7 +151,7 @@ def test_experts_explore_learn_and_go_on_from_a_snapshot_with_the_same_bits(kind
         assert saved["replay"]["terminated"].sum() == ended
         assert adam["param_groups"][0]["lr"] == pytest.approx(3e-3 * (1 - 0.9 * k / 4))
         assert adam["state"][0]["step"] == 3 * (k + 1)
-        noise = correlated_noise((learners, 6 // learners, 3), 0.6,
+        noise = CorrelatedNoise((learners, 6 // learners, 3), 0.6,
                                  random_streams(5, "experts", k)[1])
         for t in range(50 * (k > 0)):
             x = network_input(episodes["observations"][:, t].reshape(2, 3, 6))
