@@ -57,7 +57,7 @@ def advantages(observation: torch.Tensor, reward: torch.Tensor, mask: torch.Tens
     delta = reward + settings.discount * next_value - value                      # Eq. 11
     advantage = discounted_sum(delta * mask, settings.discount * settings.gae_lambda)
     mean = (advantage * mask).sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
-    differ = (reward != reward[:, :1]).any(2).any(1)[:, None, None]
+    differ = (reward != reward[:, :1]).any(2).any(1)[:, None, None]  # from the first episode's
     return (advantage - mean) * mask * differ
 
 
@@ -68,14 +68,15 @@ def policy_gradient_batch(episodes: dict, phi: Params, family, settings: Setting
 
     `episodes`: those of `envs.rollout`, with "features" (policy.Actor.with_features). The batch is
     a dict of (n, B, ...), B = K * T: "features"; "action" before the environment clips it;
-    "advantage"; "mask"; "log_prob", that of the actions under phi. With settings.inner_every > 1 it
-    holds every so many-th step only: where exploration noise lasts, neighbours say the same.
+    "advantage"; "mask"; "behaviour_log_prob", that of the actions under phi. With
+    settings.inner_every = m it holds every m-th step only: with correlated noise, neighbouring
+    steps are nearly alike.
 
-    Advantages are divided by one constant for all tasks: `scale`, or this batch's root mean square
-    where it is None. Each task's own deviation, as in the release, would blow up the gradient near
-    the goal, where rewards hardly differ. With settings.advantage_scale "per task" it is used all
-    the same: where rewards differ in size from task to task. The scale that is returned is None
-    where there is a common one to find and all advantages are zero.
+    One constant divides the advantages of all tasks: `scale` or, if that is None, this batch's root
+    mean square. The release divides by each task's own deviation. Near the goal rewards hardly
+    differ, and a small deviation would blow up the gradient. settings.advantage_scale "per task"
+    does as the release, for families whose rewards differ in size from task to task. A common scale
+    is returned as None while all advantages are zero.
     """
     n, dtype, device = len(phi["z"]), phi["z"].dtype, phi["z"].device
 
@@ -98,5 +99,5 @@ def policy_gradient_batch(episodes: dict, phi: Params, family, settings: Setting
              "advantage": advantage / (scale or 1.0), "mask": mask}
     batch = {name: value[:, :, ::settings.inner_every].flatten(1, 2)
              for name, value in batch.items()}
-    batch["log_prob"] = log_prob(phi, batch["features"], batch["action"], settings)
+    batch["behaviour_log_prob"] = log_prob(phi, batch["features"], batch["action"], settings)
     return batch, scale

@@ -28,8 +28,8 @@ import settings as settings_module
 from local_policies import Demonstrations, load_demonstrations
 from tasks.base import TaskFamily, check_tasks
 
-FORMAT = "gmps checkpoint 3"  # 3: settings by component, one alpha axis for steps, a digest
-DIGEST = b"sha256:"           # then 64 letters, at the end of a checkpoint
+FORMAT = "gmps checkpoint 3"  # raise the number when old files can no longer be read
+DIGEST = b"sha256:"           # then 64 hexadecimal digits, at the end of a checkpoint
 
 
 class UserError(Exception):
@@ -38,9 +38,9 @@ class UserError(Exception):
 
 # ---------------------------------------------------------------- writing
 def write_atomically(path: Path, write: Callable, mode: str = "wb") -> None:
-    """Write to a neighbour, then rename.
+    """Write to a second file, then rename it.
 
-    A reader, or a run that is killed at any moment, finds the old file or the new one.
+    A reader always finds a complete file, the old or the new one, even if this process is killed.
     """
     temporary = path.with_name(path.name + ".part")
     try:
@@ -168,10 +168,10 @@ class Journal:
 
     @contextlib.contextmanager
     def timing(self, phase: str):
-        """Seconds inside count for `phase`; of phases within phases, only for the inner one."""
+        """Count the seconds inside for `phase`. Nested phases: only the inner one counts."""
         self.tick()
         outer, self.phase = self.phase, phase
-        if phase != "meta_training":  # around all others; a collection credits it
+        if phase != "meta_training":  # it encloses all other phases; `collected` credits it
             self.credit(phase)
         try:
             yield
@@ -180,13 +180,13 @@ class Journal:
             self.phase = outer
 
     def credit(self, phase: str) -> None:
-        """Name this code as that of a phase: the last of several where a run went on with it."""
+        """Note the commit for a phase. A run that resumes with other code has several."""
         commits, now = self.commits.setdefault(phase, []), commit()
         if now not in commits[-1:]:
             commits.append(now)
 
     def tick(self) -> None:
-        """Bring the seconds of the phase at work up to date."""
+        """Add the seconds since the last call to the current phase."""
         now = time.perf_counter()
         if self.phase is not None:
             self.wall_seconds[self.phase] = (self.wall_seconds.get(self.phase, 0.0)
@@ -194,7 +194,7 @@ class Journal:
         self.since = now
 
     def note(self, phase: str, metrics: dict) -> None:
-        """A row of metrics, and its counts."""
+        """Add a row of metrics and its counts; `env_steps` in it is a total, not an increment."""
         self.env_steps[phase] = metrics["env_steps"]
         self.divergences[phase] = (self.divergences.get(phase, 0)
                                    + metrics.get("divergences", 0))
@@ -226,7 +226,7 @@ class Journal:
 
     def write_metrics(self) -> None:
         """metrics.csv, from all rows so far."""
-        hidden = {"progress", *COLUMNS}
+        hidden = {"progress", *COLUMNS}  # progress only drives the bar and the curve
         further = dict.fromkeys(key for row in self.rows for key in row if key not in hidden)
 
         def write(file):
@@ -243,7 +243,7 @@ class Journal:
 def locked(out: Path):
     """Create `out` and hold its lock: two runs in one folder would spoil each other's files.
 
-    The system frees the lock of a process that ends, however it ends.
+    The operating system frees the lock when the process ends, even if it is killed.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -258,15 +258,14 @@ def locked(out: Path):
     except filelock.Timeout:
         raise UserError(f"another process works in {out}: wait for it, or choose another folder "
                         "with --out") from None
-    with lock:  # counts once more; both are released below
-        try:
-            yield
-        finally:
-            lock.release()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def open_run(out: Path, settings) -> None:
-    """Check that a locked folder holds this run's settings, or none yet."""
+    """Check that a locked folder is new or holds this run; UserError otherwise."""
     saved, wanted = out / "settings.json", dataclasses.asdict(settings)
     if saved.exists():
         try:
@@ -287,8 +286,8 @@ def open_run(out: Path, settings) -> None:
 
 
 def open_evaluation(out: Path) -> None:
-    """Check that a locked folder holds nothing but an evaluation, or nothing."""
-    with contextlib.suppress(OSError, ValueError):
+    """Check that a locked folder is empty or holds an evaluation; UserError otherwise."""
+    with contextlib.suppress(OSError, ValueError):  # no result.json, or an unreadable one
         result = out / "result.json"
         trained = (out / "settings.json").exists()
         if trained or "trained_seed" not in json.loads(result.read_text()):
@@ -297,9 +296,9 @@ def open_evaluation(out: Path) -> None:
 
 @functools.cache
 def commit() -> str:
-    """Commit of the code when first asked, at the program's start.
+    """Commit of the code at the first call, which is at the program's start.
 
-    "-dirty" where code that a run may use differs from it, "unknown" outside a checkout.
+    It ends in "-dirty" if code that a run may use has changed since. "unknown" outside a checkout.
     """
     folder = Path(__file__).parent
 

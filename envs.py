@@ -23,16 +23,18 @@ from tasks.gymnasium_batch import GymnasiumBatch
 from tasks.rendering import Camera, Rollout, mujoco, open_renderer
 
 FULL = int(mujoco.mjtState.mjSTATE_FULLPHYSICS)  # time, positions, velocities, activations
-# Every episode's clock starts here: a simulator that resets itself falls back to 0, and is seen.
+# Episodes start at this time, since MuJoCo resets a diverged state to time 0: `_simulate` sees it.
 START_TIME = 1.0
 
 
 # ---------------------------------------------------------------- families and their tasks
-TASK_STREAMS = {"validation": 202, "held_out": 303}  # seeds
+TASK_SEEDS = {"validation": 202, "held_out": 303}
 
 
 def make_family(name: str, reward: str | None = None) -> TaskFamily:
-    """The family of that name, with that reward or its usual one. ValueError where there is none.
+    """The family of that name, with that reward or its usual one.
+
+    ValueError for an unknown name or reward, or a family that lacks part of its contract.
     """
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
@@ -43,6 +45,8 @@ def make_family(name: str, reward: str | None = None) -> TaskFamily:
         raise ValueError(f"{family.__name__} must be a MujocoFamily or a GymnasiumFamily")
     missing = [key for kind in kinds for key in vars(kind).get("__annotations__", ())
                if not hasattr(family, key)] + sorted(family.__abstractmethods__)
+    if MujocoFamily in kinds and not family.outcome_size:
+        missing.append("outcome_size")
     if family.outcome_size and family.reward_terms is TaskFamily.reward_terms:
         missing.append("reward_terms")
     if missing:
@@ -61,7 +65,7 @@ def task_set(family: TaskFamily, split: str, count: int) -> np.ndarray:
     """
     if split == "train":
         return family.training_tasks(count)
-    return family.sample_tasks(np.random.default_rng(TASK_STREAMS[split]), count)
+    return family.sample_tasks(np.random.default_rng(TASK_SEEDS[split]), count)
 
 
 # ---------------------------------------------------------------- physics for a batch
@@ -69,9 +73,9 @@ class BatchEnv(gymnasium.vector.VectorEnv):
     """B MuJoCo environments of one family, behind gymnasium's vector API (next-step autoreset).
 
     `reset(options={"task": array})` takes one task (task_size,) for all or one each (B, task_size),
-    for the episodes that it starts. As gymnasium has it, an autoreset knows no options and draws a
-    task anew. Results depend neither on `threads` nor on B: every environment is integrated from
-    its own full state, with a solver that starts cold. An environment whose simulator diverges
+    for the episodes that it starts. An autoreset gets no options (gymnasium's rule), so it draws a
+    random task. Results depend neither on `threads` nor on B: every environment is integrated from
+    its own full state, without warm start of the solver. An environment whose simulator diverges
     keeps its last good state, ends with a finite reward and `terminated` true, and is counted in
     `divergences`. The others go on.
     """
@@ -193,7 +197,7 @@ class BatchEnv(gymnasium.vector.VectorEnv):
             control_spec=self.family.control_spec, skip_checks=True,
             nstep=self.family.frame_skip, state=self._trace, sensordata=self._sensor_trace)
         state, sensors = self._trace[:, -1], self._sensor_trace[:, -1]
-        # After a BADQACC and its like MuJoCo resets the state, clock included, and stops.
+        # On a warning such as BADQACC, MuJoCo resets the state, time included, and stops.
         timestep = self.model.opt.timestep
         expected_time = self.state[:, 0] + self.family.frame_skip * timestep
         good = np.isfinite(state).all(1) & np.isfinite(sensors).all(1)
@@ -224,7 +228,7 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         return self._outcome
 
     def render(self) -> np.ndarray:
-        """Picture (480, 640, 3) of the first environment, its goal drawn. NoOpenGL without."""
+        """Picture (480, 640, 3) of the first environment and its goal. Errors: NoOpenGL."""
         if self._renderer is None:
             self._renderer = open_renderer(self.model)
         data = self._workers[0]
@@ -304,7 +308,7 @@ class SingleEnv(gymnasium.Env):
 
 # ---------------------------------------------------------------- rollouts
 class Environments:
-    """Batches of one family's environments, made when first asked for, kept by their size."""
+    """The batches of one family: one for each number of environments, made when first needed."""
 
     def __init__(self, family: TaskFamily, threads: int | None = None):
         self.family, self.threads, self.batches = family, threads, {}
@@ -334,7 +338,7 @@ def make_batch(family: TaskFamily, num_envs: int, threads: int | None = None,
 
 
 def seen_parts(env, observation) -> dict:
-    """The parts of an observation, under the names that `rollout` keeps them by."""
+    """The parts of an observation, named as in the result of `rollout`."""
     if not env.family.image_shape:
         return {"observations": observation}
     return {"observations": observation["hand"], "images": observation["image"],
@@ -345,14 +349,14 @@ def rollout(env, policy, tasks: np.ndarray, keep_images: bool = False) -> dict:
     """Whole episodes of all B environments, on `tasks` (B, task).
 
     `policy(observation, last)` maps what the environment returned to actions (B, act). `last` is
-    None at the first step, then {"reward": (B,), "alive": (B,)}: of the step before, and whose
-    episode goes on.
+    None at the first step. Then it is {"reward": (B,), "alive": (B,)}: the reward of the step
+    before, and which episodes still go on.
 
     Returns arrays: observations (B, T+1, obs); actions (B, T, act) as the policy gave them, before
     the environment clips; rewards, distances (B, T); outcomes (B, T, outcome); mask (B, T), 1 until
-    the episode ended; terminated, diverged (B,). After an early end rewards and mask are 0, all
-    else keeps its last value. A family with images adds states (B, T+1, obs of its experts) and,
-    where asked to, images (B, T+1, rows, columns, 3) uint8.
+    the episode ended; terminated, diverged (B,). After an early end rewards and mask are 0, actions
+    have no effect, and the rest keeps its last value. A family with images adds states (B, T+1,
+    obs of its experts) and, with `keep_images`, images (B, T+1, rows, columns, 3) uint8.
     """
     observation, _ = env.reset(options={"task": tasks})
     seen = seen_parts(env, observation)
@@ -366,7 +370,7 @@ def rollout(env, policy, tasks: np.ndarray, keep_images: bool = False) -> dict:
         action = policy(observation, last)
         observation, reward, ended, truncated, info = env.step(action)
         now, distance, outcome = seen_parts(env, observation), info["goal_distance"], env.outcomes
-        if not alive.all():  # autoreset began another episode there: keep the finished one's end
+        if not alive.all():  # autoreset began another episode: keep the end of this one
             now = {name: np.where(alive.reshape(-1, *[1] * (value.ndim - 1)), value, seen[name])
                    for name, value in now.items()}
             distance = np.where(alive, distance, steps["distances"][-1])

@@ -18,7 +18,7 @@ from envs import Environments
 from local_policies import ExpertFunction, run_experts
 from settings import random_streams
 
-CHUNK = 50              # tasks at a time: bounds memory, whatever their number
+CHUNK = 50              # at most so many tasks at a time: bounds memory
 TABLE_ROUNDS = (0, 1, 2, 3, 5)  # rounds shown in the closing table
 FILM_ROUNDS = (0, 3)    # adapters kept for the film
 LEVELS = {"no_adaptation": "imitation, no adaptation",
@@ -28,12 +28,13 @@ LEVELS = {"no_adaptation": "imitation, no adaptation",
 
 @dataclasses.dataclass
 class Evaluation:
-    """`lists` of result.json; env steps and divergences of all episodes; {round: adapter} of the
-    first chunk of tasks, for the film."""
+    """`lists` of result.json; env steps and divergences of all episodes; for the film, `stages`,
+    {round: adapter} of the first chunk of tasks, and those tasks."""
     lists: dict[str, list[dict]]
     env_steps: int = 0
     divergences: int = 0
     stages: dict[int, object] = dataclasses.field(default_factory=dict)
+    stage_tasks: np.ndarray | None = None
 
     def count(self, episodes: dict) -> dict:
         self.env_steps += int(episodes["mask"].sum())
@@ -60,10 +61,12 @@ def evaluate(environments: Environments, adapter, tasks: np.ndarray, rounds: int
              stream: int = 0, explore_last: bool = True, progress: bool = False) -> Evaluation:
     """Adapt to `tasks` (n, task) in `rounds` rounds of `episodes` per task, and measure.
 
-    `seed`, `purpose` and `stream` name the random stream of the exploration. "held_out" holds the
-    mean actions after every round, round 0 before any; "held_out_sampled" the episodes explored
-    then, those of the last round included with `explore_last`; "experts_held_out" the contextual
-    experts. The adapter's `references` add a list each.
+    `seed`, `purpose` and `stream` choose the random stream of exploration. The lists, one entry per
+    task and round k = 0 (before any update), 1, ..., `rounds`:
+    "held_out": one episode with mean actions, after k rounds;
+    "held_out_sampled": mean of the episodes explored after k rounds. `explore_last`: also after the
+    last round, where nothing is learned from them;
+    "experts_held_out", and one list for each of the adapter's `references`: one entry per task.
     """
     out = Evaluation({"held_out": [], "held_out_sampled": [], "experts_held_out": [],
                       "no_adaptation": []})
@@ -91,10 +94,10 @@ def adapt_and_measure(out: Evaluation, environments: Environments, adapter, task
         counts = {"gradient_steps": updates, "adaptation_episodes": k * episodes}
         out.lists["held_out"] += measure(out, environments, adapter, tasks, **counts)
         if k in FILM_ROUNDS and k not in out.stages:
-            out.stages[k] = copy.deepcopy(adapter)
+            out.stages[k], out.stage_tasks = copy.deepcopy(adapter), tasks
         if k == rounds and not explore_last:
             break
-        # K episodes side by side and one update, or one after the other, each with an update.
+        # K episodes at once and one update; or, if sequential, K times one episode and an update.
         parts, together = (episodes, 1) if adapter.sequential else (1, episodes)
         sampled = []
         for _ in range(parts):
@@ -127,8 +130,10 @@ def measure_experts(out: Evaluation, environments: Environments, experts: Expert
 # ---------------------------------------------------------------- what becomes of the lists
 def by_round(entries: list[dict]) -> list[list[dict]]:
     """The entries of each round, in order."""
-    steps = sorted({entry["gradient_steps"] for entry in entries})
-    return [[entry for entry in entries if entry["gradient_steps"] == k] for k in steps]
+    rounds = {}
+    for entry in entries:
+        rounds.setdefault(entry["gradient_steps"], []).append(entry)
+    return [rounds[steps] for steps in sorted(rounds)]
 
 
 def mean_of(entries: list[dict], key: str) -> float:
@@ -156,8 +161,9 @@ def closing_table(lists: dict, unit: str, title: str = "held-out tasks") -> str:
         rounds = by_round(lists[name])
         for k, entries in enumerate(rounds):
             if k in TABLE_ROUNDS or k == len(rounds) - 1:
-                steps = entries[0]["gradient_steps"]
-                lines.append(row(f"adapted, {steps} step{'s' * (steps != 1)}, {label}", entries))
+                # Methods that update more than once a round take no gradient steps to count.
+                what = "step" if entries[0]["gradient_steps"] == k else "round"
+                lines.append(row(f"adapted, {k} {what}{'s' * (k != 1)}, {label}", entries))
     return "\n".join([*lines, *(row(label, lists[name]) for name, label in LEVELS.items()
                                 if name in lists)])
 

@@ -1,8 +1,8 @@
-"""Guided meta-policy search: a few policy-gradient steps make a policy imitate a new task's expert.
+"""Guided meta-policy search: meta-train a policy that a few policy-gradient steps make an expert.
 
 Source: "Guided Meta-Policy Search", Mendonca, Gupta, Kralev, Abbeel, Levine, Finn (NeurIPS 2019,
-arXiv 1904.00956v2). Step numbers are our own, see README. Marks: [release] is the authors' code,
-[ours] departs from it (docs/deviations.md).
+arXiv 1904.00956v2). Step numbers are our own, see README. Marks, here and in all files:
+[release] is the authors' code, [ours] departs from it (docs/deviations.md).
 
 This file knows no environment and no expert: `problem` (phases.Problem) brings both as callables.
 Letters in shapes: n tasks, K episodes per task, T steps, B = K * T samples per task, F features.
@@ -33,36 +33,40 @@ from settings import Settings, random_streams
 
 # ---------------------------------------------------------------- the algorithm
 def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-    """The algorithm, start to end. Yields (state, metrics); a state given back goes on from there.
+    """The whole algorithm. Yields (state, metrics) per collection; `state` resumes from there.
 
     FloatingPointError when the meta-gradient is no longer finite.
     """
-    experts = problem.train_experts()                  # 1.  pi*_i of each training task, off-policy
-    demonstrations = problem.demonstrate(experts)      # 2.  D*_i: states and the expert's actions
+    # 1. Learn an expert pi*_i for each training task, off-policy.
+    experts = problem.train_experts()
+    # 2. D*_i: states that pi*_i visits, and its actions there.
+    demonstrations = problem.demonstrate(experts)
     learner = MetaLearner(problem, demonstrations, settings, state)
     theta, alpha = learner.theta, learner.alpha
-
-    while learner.next_collection():                   # 3.  repeat, with theta_0 <- theta:
-        batches = collect(learner, problem)            # 3a. D_i: K rollouts of pi_theta_0 per task
-        for _ in range(settings.meta_steps):           # 3b. many steps on the same D_i:
-            inner, labels = learner.draw(batches)      #     some tasks, some of their labels
-            path = adapt(theta, alpha, inner, settings)             # inner: theta -> phi_i
-            loss, info = outer_loss(theta, path, labels, settings)  # outer: phi_i imitates pi*_i
-            learner.minimise(loss, info)               #     Adam on theta and alpha
-        aggregate(learner, problem, batches, experts)  # 3c. D*_i += what pi_phi_i visits, labelled
+    # 3. Repeat, with theta_0 <- theta:
+    while learner.begin_collection():
+        # 3a. D_i: K episodes of pi_theta_0 on each task.
+        batches = collect(learner, problem)
+        # 3b. Many meta-steps on the same D_i, each on some of the tasks.
+        for _ in range(settings.meta_steps):
+            meta_batch, labels = learner.sample(batches, demonstrations)
+            phis = adapt(theta, alpha, meta_batch, settings)        # inner: theta -> phi_i on D_i
+            loss, info = outer_loss(theta, phis, labels, settings)  # outer: phi_i imitates D*_i
+            learner.minimise(loss, info)                            # Adam on theta and alpha
+        # 3c. Roll out pi_phi_i, label the visited states with pi*_i, add them to D*_i.
+        aggregate(learner, problem, batches, demonstrations, experts)
         yield learner.state(), learner.metrics()
-
-    # Meta-test. On each new task: K rollouts of pi_phi, then `Adapter.update`, an inner step on
-    # their rewards; and again. No expert is asked.
+    # Meta-test. On each new task, in rounds: K episodes of pi_phi, then an inner step on their
+    # rewards (`Adapter.update`). No expert is asked.
     problem.meta_test(Adapter(learner.policy(), problem.family, settings, problem.device))
 
 
 # ---------------------------------------------------------------- 3a: rollouts for the inner steps
 def collect(learner: "MetaLearner", problem) -> list[dict]:
-    """Step 3a: a batch for each inner step.
+    """Step 3a: D_i of all tasks, one batch for each inner step.
 
-    The first comes from pi_theta_0 on every task. The others [ours], where meta-training looks
-    through further inner steps, come from the policies adapted so far.
+    Batch 0 is from pi_theta_0: its "behaviour_log_prob" is all that must be kept of theta_0. With
+    several inner steps [ours], batch k is from the policies after k of them.
     """
     settings, batches = learner.settings, []
     for _ in range(settings.inner_steps):
@@ -76,10 +80,10 @@ def collect(learner: "MetaLearner", problem) -> list[dict]:
 def init_step_sizes(theta: Params, settings: Settings) -> Params:
     """alpha: a step size for every element of theta, (S, *shape).
 
-    S is 1 where all inner steps share one alpha, or settings.inner_steps. Convolutions do not adapt
-    [release]. The step size of log-std stays 0 [ours]: the outer loss sees mean actions only, and
-    left to learn, it would let exploration noise grow while a policy adapts. The noise itself,
-    theta's log-std, is meta-learned.
+    S is 1 if all inner steps share one alpha, else settings.inner_steps. Convolutions do not adapt
+    [release]. Log-std does not adapt either [ours]: its step size stays 0. The outer loss sees mean
+    actions only, so nothing would stop adaptation from raising the noise. theta's log-std itself
+    is meta-learned.
     """
     steps = settings.inner_steps if settings.step_sizes == "per step" else 1
     alpha = {name: torch.full_like(value, settings.init_step_size).repeat(steps, 1, 1)
@@ -88,12 +92,11 @@ def init_step_sizes(theta: Params, settings: Settings) -> Params:
 
 
 def step_sizes(alpha: Params, k: int, settings: Settings) -> Params:
-    """alpha of gradient step k = 0, 1, ... Steps past the trained ones build on the last [ours].
+    """alpha of gradient step k = 0, 1, ... Steps after the trained ones are [ours].
 
-    Nothing has taught alpha how far to go there. "shrinking": each later step takes a quarter of
-    the one before, since full steps overshoot. "climbing": each takes 0.4 of alpha's positive part,
-    which goes on outside the training tasks. About half of the ant's alpha is negative: a map
-    learned for the first steps, while later ones are meant to climb.
+    Full steps overshoot there. "shrinking": each step size is a quarter of the one before.
+    "climbing": each is 0.4 of alpha, with negative entries set to 0. These go against the reward's
+    gradient, which can help in trained steps only.
     """
     later = k + 1 - settings.inner_steps
     if later <= 0:
@@ -104,13 +107,13 @@ def step_sizes(alpha: Params, k: int, settings: Settings) -> Params:
 
 
 def importance_weights(log_p: torch.Tensor, batch: dict, settings: Settings) -> torch.Tensor:
-    """w_t = stopgrad(pi_phi) / pi_behaviour, (n, B): old rollouts count as if phi had made them.
+    """w_t = stopgrad(pi_phi) / pi_behaviour, (n, B): the importance weight of each time step.
 
-    Exactly 1 at the first meta-step, when phi is the behaviour policy. `max_weight` bounds it
-    [ours]: a single sample could outweigh all others, most of all with many action dimensions.
+    pi_behaviour is the policy that acted. At the first meta-step it equals pi_phi, and w is 1.
+    `max_weight` bounds w [ours]: else a single sample can outweigh all others.
     """
-    log_ratio = (log_p.detach() - batch["log_prob"]) * batch["mask"]  # padding cannot overflow
-    return log_ratio.exp().clamp(max=settings.max_weight)
+    log_ratio = log_p.detach() - batch["behaviour_log_prob"]
+    return (log_ratio * batch["mask"]).exp().clamp(max=settings.max_weight)
 
 
 def inner_loss(phi: Params, batch: dict, settings: Settings) -> torch.Tensor:
@@ -124,8 +127,8 @@ def inner_step(phi: Params, alpha: Params, batch: dict, settings: Settings,
                first_order: bool = False) -> Params:
     """phi_i' = phi_i - alpha * grad loss_i, for all tasks at once, differentiable in phi and alpha.
 
-    Tasks share no entry of phi that adapts, so the gradient of the sum over tasks holds each task's
-    own. `first_order` leaves the second derivative out, for where no outer gradient is taken.
+    Tasks share no adapting entry of phi, so the gradient of the summed loss is each task's own.
+    `first_order` drops second derivatives, for calls that no outer gradient goes through.
     """
     if first_order:
         phi = {name: value.detach().requires_grad_() for name, value in phi.items()}
@@ -139,11 +142,11 @@ def adapt(theta: Params, alpha: Params, batches: list[dict], settings: Settings,
           first_order: bool = False, n: int | None = None) -> list[Params]:
     """[phi_0, phi_1, ...]: theta for each of n tasks, then phi after each inner step."""
     n = len(batches[0]["mask"]) if n is None else n
-    path = [{name: value.clone() for name, value in per_task(theta, n).items()}]
+    phis = [{name: value.clone() for name, value in per_task(theta, n).items()}]
     for k, batch in enumerate(batches):
-        path.append(inner_step(path[-1], step_sizes(alpha, k, settings), batch, settings,
+        phis.append(inner_step(phis[-1], step_sizes(alpha, k, settings), batch, settings,
                                first_order))
-    return path
+    return phis
 
 
 def current_phi(learner: "MetaLearner", batches: list[dict]) -> Params:
@@ -154,9 +157,9 @@ def current_phi(learner: "MetaLearner", batches: list[dict]) -> Params:
 
 # ---------------------------------------------------------------- 3b, outer: imitate the expert
 def leaky_clip(action: torch.Tensor) -> torch.Tensor:
-    """An action as the environment executes it, clipped to [-1, 1]; slope 0.1 outside.
+    """Actions clipped to [-1, 1], as the environment executes them, but with slope 0.1 outside.
 
-    The slope leaves a gradient that leads back.
+    Without the slope, a mean outside the range would get no gradient.
     """
     inside = action.clamp(-1.0, 1.0)
     return inside + 0.1 * (action - inside)
@@ -165,34 +168,33 @@ def leaky_clip(action: torch.Tensor) -> torch.Tensor:
 def imitation_loss(phi: Params, x: torch.Tensor, expert_action: torch.Tensor) -> torch.Tensor:
     """mean_i mean_s || mean of pi_phi_i(s) - a* ||^2, for x (n, B, F), expert_action (n, B, act).
 
-    The mean is clipped [ours]. Most expert actions are at full speed, and a mean of 1.2 is hardly
-    worse than 1.
+    The mean is clipped first [ours]. Most expert actions are at full speed, 1, and the environment
+    executes a mean of 1.2 as 1.
     """
     return (leaky_clip(mean_action(phi, x)) - expert_action).square().sum(-1).mean()
 
 
-def outer_loss(theta: Params, path: list[Params], labels: dict,
+def outer_loss(theta: Params, phis: list[Params], labels: dict,
                settings: Settings) -> tuple[torch.Tensor, dict]:
     """The meta-objective: imitation after adaptation, averaged over phi_1, phi_2, ...
 
-    `path` is that of `adapt`. `labels`: {"adapted": (x, a*)} of the same tasks. [ours] A share of
-    the same loss is on phi_0: the paper's objective gives the pre-update policy no credit for what
-    its rollouts show. It imitates the same labels or, if given, those of "pre_update".
+    `phis` is from `adapt`, `labels["adapted"]` = (x, a*) of its tasks. [ours] The loss of phi_0 is
+    added with a weight: the paper's objective has no gradient that improves what theta's episodes
+    visit. phi_0 imitates the same labels or, if given, those of "pre_update" (other tasks).
     """
-    losses = [imitation_loss(phi, *labels["adapted"]) for phi in path]
+    losses = [imitation_loss(phi, *labels["adapted"]) for phi in phis]
     if "pre_update" in labels:
         x, expert_action = labels["pre_update"]
         losses[0] = imitation_loss(per_task(theta, len(x)), x, expert_action)
-    loss = sum(losses[1:]) / (len(path) - 1) + settings.pre_update_imitation * losses[0]
+    loss = sum(losses[1:]) / (len(phis) - 1) + settings.pre_update_imitation * losses[0]
     return loss, {f"imitation_{k}": value.detach() for k, value in enumerate(losses)}
 
 
 # ---------------------------------------------------------------- 3c: aggregation
-def aggregate(learner: "MetaLearner", problem, batches: list[dict], experts) -> None:
+def aggregate(learner: "MetaLearner", problem, batches, demonstrations, experts) -> None:
     """Step 3c: roll out pi_phi_i, label the visited states with pi*_i, add them to D*_i.
 
-    phi_i is that of the new theta, adapted on the same D_i. Without an expert to ask, nothing
-    happens.
+    phi_i is adapted from the new theta on the same D_i. Without an expert, D*_i stays as it is.
     """
     settings = learner.settings
     if experts is None or settings.aggregation_episodes == 0:
@@ -200,15 +202,15 @@ def aggregate(learner: "MetaLearner", problem, batches: list[dict], experts) -> 
     episodes = explore(current_phi(learner, batches), problem, settings,
                        settings.aggregation_episodes, learner.generator)
     learner.count("adapted_", episodes)
-    learner.demonstrations.add_visited(episodes, experts, problem.tasks)
+    demonstrations.add_visited(episodes, experts, problem.tasks)
 
 
 # ---------------------------------------------------------------- where meta-training starts
 def imitate(family, demonstrations, settings: Settings, device="cpu", last: int = 0) -> Params:
     """theta of one policy that imitates all experts at once, without adaptation.
 
-    It is the baseline "no adaptation". Meta-training starts from such a policy [ours]: its rollouts
-    reach the block. `last`: imitate the experts of the last so many tasks only.
+    It is the reference "no_adaptation". Meta-training starts from such a policy [ours]: a random
+    one's rewards say little about the goal. `last` > 0: imitate only the last `last` experts.
     """
     rng, generator = random_streams(settings.seed, "imitation", 0)
     theta = {name: value.to(device).requires_grad_()
@@ -235,7 +237,7 @@ def set_rates(optimiser, rates: list[float], progress: float, final: float = 0.1
 
 
 class MetaLearner:
-    """What goes on behind the algorithm: theta, alpha, Adam, advantage scales, streams, counts."""
+    """What `train` updates: theta, alpha, Adam, advantage scales; and random streams, counts."""
 
     def __init__(self, problem, demonstrations, settings: Settings, state: dict | None = None):
         self.family, self.settings, self.demonstrations = problem.family, settings, demonstrations
@@ -265,12 +267,12 @@ class MetaLearner:
             self.optimiser.load_state_dict(copy.deepcopy(training["optimiser"]))
             self.collection, self.env_steps = training["collection"], training["env_steps"]
             demonstrations.add(*(part.numpy() for part in training["aggregated"]))
-        elif state is not None:  # that of a finished run
+        elif state is not None:  # the state of a finished run
             self.collection = settings.collections
-        if demonstrations.images is not None:  # convolutions learn no more [ours]: look once
+        if demonstrations.images is not None:  # convolutions are fixed [ours]: run once
             demonstrations.freeze_images(self.family, self.theta)
 
-    def next_collection(self) -> bool:
+    def begin_collection(self) -> bool:
         """Begin a collection, with random streams of its own. False: all are done."""
         if self.collection == self.settings.collections:
             return False
@@ -281,7 +283,7 @@ class MetaLearner:
         return True
 
     def batch(self, k: int, episodes: dict, phi: Params) -> dict:
-        """The batch of inner step k. The first one with any reward fixes its scale for good."""
+        """The batch of inner step k. Its first non-zero advantages fix its scale for the run."""
         fixed = self.scales[k] if k < len(self.scales) else None
         batch, scale = policy_gradient_batch(episodes, phi, self.family, self.settings, fixed)
         self.scales[k:k + 1] = [scale]
@@ -289,31 +291,32 @@ class MetaLearner:
         return batch
 
     def count(self, name: str | None, episodes: dict) -> None:
-        """Count steps; a name, the start of their columns, puts these episodes into the metrics."""
+        """Count env steps. With a name, note return and distance in columns that start with it."""
         self.env_steps += int(episodes["mask"].sum())
         self.row["divergences"] += int(episodes["diverged"].sum())
         if name is not None:
             self.row[f"{name}return"] = float(episodes["rewards"].sum(1).mean())
             self.row[f"{name}distance"] = float(episodes["distances"][:, -1].mean())
 
-    def draw(self, batches: list[dict]) -> tuple[list[dict], dict]:
-        """Of one meta-step: the inner batches of some tasks, and labels for the outer loss."""
+    def sample(self, batches: list[dict], demonstrations) -> tuple[list[dict], dict]:
+        """A meta-batch of random tasks: their inner batches, and labels for the outer loss."""
         some = self.rng.permutation(self.n)[:self.settings.meta_batch]
 
         def labels(tasks):
-            return self.demonstrations.sample(self.family, self.rng, tasks,
-                                              self.settings.imitation_batch, self.device)
-        drawn = {"adapted": labels(some)}
+            return demonstrations.sample(self.family, self.rng, tasks,
+                                         self.settings.imitation_batch, self.device)
+        sampled = {"adapted": labels(some)}
         if len(self.pre_update_tasks):
-            drawn["pre_update"] = labels(self.pre_update_tasks)
-        self.inner = [{name: value[some] for name, value in batch.items()} for batch in batches]
-        return self.inner, drawn
+            sampled["pre_update"] = labels(self.pre_update_tasks)
+        self.meta_batch = [{name: value[some] for name, value in batch.items()}
+                           for batch in batches]
+        return self.meta_batch, sampled
 
     def minimise(self, loss: torch.Tensor, info: dict) -> None:
         """One step of Adam on theta and alpha."""
         self.info, settings = info, self.settings
         step = (self.collection - 1) * settings.meta_steps + self.meta_step
-        # Adam's first steps have full size whatever the gradient, hence the warm-up [ours].
+        # Warm-up [ours]: Adam's first steps have full size, however small the gradient is.
         warm = min(1.0, (step + 1) / settings.warm_up_steps)
         set_rates(self.optimiser, [settings.learning_rate * warm,
                                    settings.step_size_learning_rate * warm],
@@ -327,7 +330,7 @@ class MetaLearner:
                 f"the meta-gradient is not finite in collection {self.collection}: start anew "
                 "with a lower learning_rate or another seed, and another output folder")
         self.optimiser.step()
-        with torch.no_grad():  # below the floor log-std would have no gradient to come back by
+        with torch.no_grad():  # below the floor log-std gets no gradient and would stay there
             self.theta["log_std"].clamp_(min=math.log(settings.min_std))
         self.meta_step += 1
 
@@ -337,21 +340,19 @@ class MetaLearner:
                 "scales": list(self.scales), "no_adaptation": detached(self.no_adaptation)}
 
     def state(self) -> dict:
-        """Everything to go on from; later steps do not change it."""
+        """A copy of all that resuming needs."""
         return {"policy": self.policy(), "training": {
             "optimiser": copy.deepcopy(self.optimiser.state_dict()),
             "collection": self.collection, "env_steps": self.env_steps,
-            "aggregated": [torch.as_tensor(part[:, self.given:].copy()) for part in
-                           (self.demonstrations.observations, self.demonstrations.actions,
-                            self.demonstrations.mask)]}}
+            "aggregated": self.demonstrations.added(self.given)}}
 
     def metrics(self) -> dict:
-        """A row of metrics.csv. Losses are those of the last meta-step, w is that after it."""
-        path = adapt(self.theta, self.alpha, self.inner, self.settings, first_order=True)
+        """A row of metrics.csv: losses of the last meta-step, and w after that step."""
+        phis = adapt(self.theta, self.alpha, self.meta_batch, self.settings, first_order=True)
         with torch.no_grad():
             weight = torch.cat([importance_weights(
                 log_prob(phi, batch["features"], batch["action"], self.settings), batch,
-                self.settings)[batch["mask"] > 0] for phi, batch in zip(path, self.inner)])
+                self.settings)[batch["mask"] > 0] for phi, batch in zip(phis, self.meta_batch)])
         return self.row | {
             "iteration": self.collection, "env_steps": self.env_steps,
             "progress": self.collection / self.settings.collections,
@@ -362,10 +363,7 @@ class MetaLearner:
 
 # ---------------------------------------------------------------- meta-test
 class Adapter:
-    """Adapts to new tasks by policy-gradient steps on their rewards alone.
-
-    The contract of every method's adapter is in baselines/__init__.py.
-    """
+    """Policy-gradient steps on the rewards of new tasks (contract: baselines/__init__.py)."""
     sequential = False  # the K episodes of a round may run side by side
 
     def __init__(self, policy: dict, family, settings: Settings, device="cpu"):
@@ -381,12 +379,12 @@ class Adapter:
         return step_sizes(self.alpha, k, self.settings)
 
     def begin(self, count: int, generator: torch.Generator) -> None:
-        """Forget all; `count` new tasks follow."""
+        """Start again from theta, on `count` new tasks."""
         self.steps, self.generator = 0, generator
         self.actor = Actor(per_task(self.theta, count), self.family, self.settings, generator)
 
     def act(self, observation, last: dict | None = None, explore: bool = True) -> np.ndarray:
-        """Actions (count * K, act)."""
+        """Actions (count * K, act) for count * K environments, ordered by task."""
         return self.actor(observation, last, explore)
 
     def update(self, episodes: dict) -> None:

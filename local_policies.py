@@ -1,7 +1,7 @@
-"""Local experts: soft actor-critic on the training tasks, and the demonstrations that experts give.
+"""Steps 1 and 2: experts of the training tasks by soft actor-critic, and their demonstrations.
 
-*Local* experts are one learner per training task, all trained as one batch (sac.py). The
-*contextual* expert, the default, is one learner for all tasks: what it sees ends with the task.
+There are two kinds. The *contextual* expert, the default, is one learner for all tasks; its input
+ends with the task. *Local* experts are one learner per training task, trained as a batch (sac.py).
 
 Source: steps 1 and 2 of "Guided Meta-Policy Search" (Mendonca et al., NeurIPS 2019, arXiv
 1904.00956v2). Letters in shapes: n tasks (and replay streams), N learners, B batch, M labelled
@@ -57,7 +57,7 @@ class Replay:
         for stream, size in enumerate(self.sizes):
             rows = slice(size, size + int(kept[stream].sum()))
             for name, values in zip(self.FIELDS, fields):
-                values = values.reshape(n, -1, values.shape[-1])
+                values = values.reshape(*kept.shape, values.shape[-1])
                 self.data[name][stream, rows] = values[stream][kept[stream]]
             self.data["end"][stream, rows] += size
         self.sizes += kept.sum(1)
@@ -78,9 +78,9 @@ class Replay:
         The dynamics of all tasks are the same, and the reward of every training task is known at
         meta-training. So a transition met on one task is as good a sample of another. The
         contextual learner (N = 1) gives a share `expert_relabelled` of its batch another training
-        task, in the reward and in what it sees. A local learner keeps its own task and takes that
-        share of its transitions from everyone's stream. A family without an outcome_size cannot
-        compute rewards anew: there each transition keeps its own task and reward.
+        task, in the reward and in its input. A local learner keeps its own task and takes that
+        share of its transitions from the streams of all tasks. A family without an outcome_size
+        cannot recompute rewards: there each transition keeps its own task and reward.
 
         A sample spans `expert_return_steps` transitions, fewer at the end of an episode. "reward"
         is their discounted sum, "discount" what is left of the value after them.
@@ -158,10 +158,9 @@ def train_experts(env, tasks: np.ndarray, settings: Settings, state: dict | None
                   device="cpu") -> Iterator[tuple[Experts, Callable[[], dict], dict]]:
     """Step 1 of the algorithm. Yields (experts, snapshot, metrics) after every iteration.
 
-    `env` holds n * settings.expert_episodes environments. `snapshot()` is the state of that moment:
-    learner, replay, counts. Given back as `state`, it makes a later call go on with the same bits,
-    since every iteration has random streams of its own. FloatingPointError when a loss is no longer
-    finite.
+    `env` holds n * settings.expert_episodes environments. `snapshot()` returns the state after that
+    iteration: learner, replay, counts. A later call with this `state` continues bit for bit, since
+    every iteration has its own random streams. FloatingPointError when a loss is not finite.
     """
     family, contextual = env.family, settings.experts == "contextual"
     learners = 1 if contextual else len(tasks)
@@ -182,13 +181,13 @@ def train_experts(env, tasks: np.ndarray, settings: Settings, state: dict | None
                                  settings.expert_noise_correlation, generator)
 
         def explore(observation, last):
-            if iteration == 0:  # a policy that knows nothing covers less than chance does
+            if iteration == 0:  # random actions cover more than an untrained policy
                 return rng.uniform(-1, 1, (env.num_envs, family.action_size))
             x = expert_input(family, observation, task_of_env if contextual else None)
             x = x.view(learners, -1, x.shape[-1]).to(device)
             return learner.act(x, next(noise).to(device)).flatten(0, 1).cpu().numpy()
 
-        # An episode in every environment, then many updates on all that was ever collected.
+        # One episode in every environment, then many updates on the whole replay.
         episodes = rollout(env, explore, task_of_env)
         replay.add(episodes)
         env_steps += int(episodes["mask"].sum())
@@ -204,7 +203,8 @@ def train_experts(env, tasks: np.ndarray, settings: Settings, state: dict | None
                    **{name: float(value) for name, value in info.items()}}
         if not math.isfinite(metrics["critic_loss"] + metrics["policy_loss"]):
             raise FloatingPointError(
-                f"the experts' losses are not finite in iteration {iteration + 1}")
+                f"the experts' losses are not finite in iteration {iteration + 1}: start again, "
+                "with a lower expert_learning_rate and another output folder")
 
         def snapshot(iteration=iteration, env_steps=env_steps):
             return {"iteration": iteration + 1, "env_steps": env_steps,
@@ -218,8 +218,8 @@ def run_experts(env, experts: ExpertFunction, tasks: np.ndarray,
                 aims: np.ndarray | None = None) -> dict:
     """Episodes of the experts, env.num_envs / n per task, with images where there are any.
 
-    Gaussian `noise` is added to all but each task's first episode. `aims` (env.num_envs, task):
-    what contextual experts are told in each episode, where that is not the episode's task.
+    Gaussian `noise` is added to the actions of all episodes but each task's first. `aims`
+    (env.num_envs, task): the task that a contextual expert is told instead of the episode's own.
     """
     n = len(tasks)
 
@@ -243,9 +243,9 @@ def run_experts(env, experts: ExpertFunction, tasks: np.ndarray,
 class Demonstrations:
     """D*_i: labelled states of each task, observations (n, M, obs) and actions (n, M, act).
 
-    `mask` (n, M): which states were visited; the rest is padding, behind an early end. Where the
-    policy sees images, `observations` are the numbers beside them, and `images` has shape (n, M,
-    rows, columns, 3), uint8.
+    `mask` (n, M): which states were visited; the rest is padding after an early end. If the policy
+    sees images, `observations` are the numbers beside them, and `images` has shape (n, M, rows,
+    columns, 3), uint8.
     """
 
     def __init__(self, observations: np.ndarray, actions: np.ndarray,
@@ -261,7 +261,7 @@ class Demonstrations:
             raise ValueError(f"demonstrations have {actions.shape[:2]} actions and "
                              f"{images.shape[:2]} images")
         if not mask.any(1).all():
-            raise ValueError("demonstrations lack a visited state of some task")
+            raise ValueError("demonstrations lack a visited state for some task")
         self.observations, self.actions, self.images = observations, actions, images
         self.image_features = None
         self._set_mask(mask)
@@ -271,7 +271,7 @@ class Demonstrations:
         self.visited = np.argsort(~mask, axis=1, kind="stable")  # visited states first, in order
 
     def freeze_images(self, family, theta: Params) -> None:
-        """From now on `sample` gives features of the images, by theta's convolutions today."""
+        """Compute all images' features once, by theta; `sample` returns these from now on."""
         device = theta["z"].device
         with torch.no_grad():
             observation = normalised(family, self.observations).to(device)
@@ -290,6 +290,11 @@ class Demonstrations:
         visited = episodes["observations"][:, :-1]
         visited = visited.reshape(n, -1, visited.shape[-1])
         self.add(visited, experts(visited, tasks), episodes["mask"].reshape(n, -1) > 0)
+
+    def added(self, given: int) -> list[torch.Tensor]:
+        """Copies of what `add` takes, for all that was added to the first `given` states."""
+        return [torch.as_tensor(part[:, given:].copy())
+                for part in (self.observations, self.actions, self.mask)]
 
     def sample(self, family, generator: np.random.Generator, tasks: np.ndarray, count: int,
                device="cpu") -> tuple[torch.Tensor, ...]:
@@ -319,12 +324,12 @@ class Demonstrations:
 
 def make_demonstrations(env, experts: ExpertFunction, tasks: np.ndarray,
                         settings: Settings) -> tuple[Demonstrations, int]:
-    """Step 2: D*_i, states that the experts visit with their mean actions there; and env steps.
+    """Step 2: D*_i, the states that experts visit and their mean actions there; and env steps.
 
-    Each task's first episode is the expert's own. In the others noise moves it off its path, so
-    that labels show how it comes back. In the last `demonstration_detours` of them the expert heads
-    for the goal of a random task, while labels are those of its own. These show the way back from
-    much further off. `env` holds n * settings.demonstration_episodes environments.
+    Each task's first episode has no noise. In the others noise moves the expert off its path, so
+    the labels show the way back. In the last `demonstration_detours` episodes it heads for a random
+    task instead. Labels are still for the episode's own task: they show the way back from further
+    off. `env` holds n * settings.demonstration_episodes environments.
     """
     n, episodes_each = len(tasks), settings.demonstration_episodes
     rng, _ = random_streams(settings.seed, "demonstrations", 0)

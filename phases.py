@@ -1,12 +1,12 @@
-"""What a run leaves behind, and how it goes on: experts, demonstrations, meta-training, evaluation.
+"""The phases of a run, its files and how it resumes: experts, demonstrations, training, evaluation.
 
-A method (gmps.py, baselines/) is a generator that knows nothing of files. `Problem` is what it is
-given; each of its callables leaves a file and finds it again when the run is started once more:
+A method (gmps.py, baselines/) is a generator that knows nothing of files. It gets a `Problem`. Each
+callable of it writes a file. A run that is started again reads that file instead:
 
     experts.pt -> demonstrations.npz -> policy.pt -> learning.png, before_after.gif -> result.json
 
-Half-done training stands in experts_partial.pt and policy_partial.pt. Every checkpoint holds the
-journal of its moment: metrics, curve, counts of steps and seconds, commits.
+Unfinished training is in experts_partial.pt and policy_partial.pt. Every checkpoint holds the
+journal up to then: metrics, curve, counts of steps and seconds, commits.
 """
 import platform
 from pathlib import Path
@@ -66,7 +66,7 @@ def describe(metrics: dict) -> dict:
 
 # ---------------------------------------------------------------- what a method is given
 class Problem:
-    """Training tasks, and all that a method may ask for; nothing is made before it is asked for.
+    """Training tasks, and all that a method may ask for. Nothing is made before it is needed.
 
     `family`: the task family. `tasks` (n, task): the training tasks. `device`: for networks.
     `train_experts()`, `demonstrate(experts)`, `rollout(policy, tasks, episodes)` and
@@ -93,8 +93,8 @@ class Problem:
     def train_experts(self) -> ExpertFunction | None:
         """Step 1: experts of the training tasks. None: there is nobody to ask.
 
-        Leaves experts.pt with the policies. The learners' whole state, replay included, is dropped
-        when they are done. A scripted expert needs no learning.
+        Writes experts.pt with the policies only; critics and replay are deleted at the end. A
+        scripted expert needs no training.
         """
         settings, journal = self.settings, self.journal
         if settings.experts == "scripted":
@@ -122,7 +122,7 @@ class Problem:
                 made = self.demos[1]
             write_atomically(path, lambda file: save_demonstrations(file, self.tasks, made,
                                                                     env_steps))
-        # Read even when just made: a run that goes on sees the same bits.
+        # Read the file even if it was just written: fresh and resumed runs then see the same bits.
         try:
             tasks, demonstrations, env_steps = read_demonstrations(path, self.family)
         except UserError as error:
@@ -130,14 +130,14 @@ class Problem:
         if self.demos is not None and not same_demonstrations(
                 (tasks, demonstrations), self.demos):
             raise UserError(f"{path} holds other demonstrations: choose another folder with --out")
-        if self.state is None:  # else a checkpoint has counted them
+        if self.state is None:  # checkpoints of meta-training include them already
             self.journal.env_steps["experts"] += env_steps
         return demonstrations
 
     def meta_test(self, adapter) -> None:
-        """Keep the trained policy, adapt it to the held-out tasks, write down what it reaches.
+        """Save the policy that was yielded last, adapt it to the held-out tasks, write the results.
 
-        result.json comes last: whoever finds it finds all the other files too.
+        result.json comes last: if it exists, so do all other files.
         """
         self._close_bar()
         if not (self.out / "policy.pt").exists():
@@ -156,22 +156,23 @@ class Problem:
                 evaluation, self.environments, self.experts, self.tasks)
         result = result_of(self, evaluation, settings.seed) | {"curve": journal.curve} | lists
         draw_plot(self.out, self.family, settings, journal.rows, lists)
-        draw_film(self.out, self.family, evaluation.stages, tasks)
+        draw_film(self.out, self.family, evaluation.stages, evaluation.stage_tasks)
         write_json(self.out / "result.json", result)
         print(closing_table(lists, self.family.task_unit))
         print(closing_counts(result))
         print(f"results in {self.out}")
 
-    # ---- behind them
+    # ---- resuming, metrics, checkpoints
     def resume(self) -> None:
         """Take counts, and the method's state if there is one, from the latest checkpoint."""
+        # From the last phase back to the first: each checkpoint holds all counts before it.
         for name, kind in (("policy.pt", "policy"), ("policy_partial.pt", "policy in training"),
                            ("experts.pt", "experts"), ("experts_partial.pt",
                                                        "experts in training")):
             content = self.journal.load(name, kind)
             if content is not None:
                 self.journal.restore(content)
-                if "policy" in kind:
+                if "policy" in kind:  # policy.pt has no "training": then training is done
                     self.state = {"policy": content["policy"],
                                   "training": content.get("training")}
                 return
@@ -182,7 +183,8 @@ class Problem:
         self.journal.credit("meta_training")
         before = [row["progress"] for row in self.journal.rows if row["phase"] == "meta_training"]
         self.journal.note("meta_training", metrics)
-        points = self.settings.curve  # at most: the k-th once a share k / points is done
+        # Point k is due when a share k / points of training is done; at most one a collection.
+        points = self.settings.curve
         done = [int(share * points + 1e-9) for share in (max(before, default=0.0),
                                                          metrics["progress"])]
         if done[1] > done[0]:
@@ -192,11 +194,11 @@ class Problem:
             self.bar = progress_bar("meta-training", total, metrics["iteration"] - 1)
         self.bar.set_postfix(describe(metrics), refresh=False)
         self.bar.update()
-        if metrics["progress"] < 1:  # else `meta_test` keeps it, and follows at once
+        if metrics["progress"] < 1:  # after the last collection `meta_test` saves policy.pt
             self.journal.save("policy_partial.pt", "policy in training", state)
 
     def _add_to_curve(self, iteration: int) -> None:
-        """Measure the policy of this moment on validation tasks; its steps are counted apart."""
+        """Measure the current policy on validation tasks; these steps are counted separately."""
         journal, settings = self.journal, self.settings
         with journal.timing("curve"):
             adapter = self.method.Adapter(self.state["policy"], self.family, settings, self.device)
@@ -287,7 +289,7 @@ def method_label(settings, family: TaskFamily) -> str:
 
 
 def result_of(problem: Problem, evaluation: Evaluation, seed: int) -> dict:
-    """result.json but for its lists."""
+    """result.json without its lists."""
     journal = problem.journal
     env_steps = journal.env_steps | {"evaluation": evaluation.env_steps}
     divergences = journal.divergences | {"evaluation": evaluation.divergences}

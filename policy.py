@@ -64,7 +64,7 @@ def normalised(family, observation: np.ndarray, dtype: torch.dtype = torch.float
 
 def features(params: Params, observation: torch.Tensor,
              image: torch.Tensor | None = None) -> torch.Tensor:
-    """What the MLP takes: normalised observations (..., obs), behind keypoints of any images."""
+    """The MLP's input (..., F): keypoints of the image, if any, then observations (..., obs)."""
     if image is None:
         return observation
     return torch.cat([keypoints(params, image), observation], dim=-1)
@@ -99,10 +99,9 @@ def log_prob(phi: Params, x: torch.Tensor, action: torch.Tensor,
 class CorrelatedNoise:
     """Endless standard normal noise: each `next` is correlated with the one before [ours].
 
-    An ant that is controlled at 100 Hz moves its legs only by noise that lasts. Each step's noise
-    is still standard normal by itself. Given the state it is not, since earlier noise has shaped
-    the state. The inner loss takes the densities of single steps: with lasting noise they are an
-    approximation.
+    The ant is controlled at 100 Hz, and its legs filter white noise out. Each step's noise is
+    standard normal by itself. Given the state it is not, since earlier noise shaped the state. The
+    inner loss uses the density of each step by itself: with correlated noise, an approximation.
     """
 
     def __init__(self, shape: tuple[int, ...], correlation: float, generator: torch.Generator):
@@ -162,13 +161,14 @@ class Actor:
 
 def explore(phi: Params, problem, settings: Settings, episodes: int,
             generator: torch.Generator) -> dict:
-    """`episodes` rollouts of pi_phi_i on each training task i, with what the policy saw."""
+    """`episodes` episodes of pi_phi_i on each training task i, with the MLP's inputs."""
     actor = Actor(phi, problem.family, settings, generator)
     return actor.with_features(problem.rollout(actor, problem.tasks, episodes))
 
 
 # ---------------------------------------------------------------- convolutions: images to points
-KEYPOINTS, FILTERS = 32, 16  # numbers: x and y of a point for each of 16 filters
+FILTERS = 16
+KEYPOINTS = 2 * FILTERS  # numbers: x and y of one point per filter
 CONVOLUTIONS = ((3, 5, 3), (FILTERS, 3, 3), (FILTERS, 3, 1))  # channels, kernel, stride [release]
 SHARPNESS = 10.0  # of the soft-argmax [ours]: points spread over the image from the start
 CHUNK = 500       # images at a time: intermediate results then fit into a processor's cache

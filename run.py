@@ -91,7 +91,8 @@ def make_parser(method: str) -> Parser:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Options that go together; UserError otherwise."""
+    """The options; UserError where they do not go together."""
+    # Which settings --help shows depends on the method, so that is read first.
     first = Parser(add_help=False)
     first.add_argument("--method", default="gmps")
     try:
@@ -123,7 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError("--demos asks no experts: leave --experts out")
     if options.extrapolate and options.goals:
         raise UserError("--extrapolate has its own goals: leave --goals out")
-    try:
+    try:  # allocate, since torch.device("cuda") succeeds where there is no GPU
         if torch.device(options.device).type not in ("cpu", "cuda"):
             raise RuntimeError
         torch.empty(1, device=options.device)
@@ -150,6 +151,7 @@ def choose_settings(options, task: str, seed: int,
         given = {"task": task, "method": method, "seed": seed, "reward": family.reward}
         if options.experts is not None:
             given["experts"] = options.experts
+        # Later ones win: family, local experts, --quick, --set, options.
         preset = dict(family.settings)
         if options.experts == "local":
             preset |= family.local_settings
@@ -161,19 +163,22 @@ def choose_settings(options, task: str, seed: int,
                 raise UserError(f"--set {name}: use --{name}")
         if demos is not None:
             for name in changed.keys() & {"training_tasks", "aggregation_episodes"}:
-                raise UserError(f"--set {name}: --demos brings its own tasks, and nobody to label "
-                                "further states")
+                raise UserError(f"--set {name}: --demos brings its own tasks, but no expert for "
+                                "further labels")
             given |= {"experts": "demonstrations", "training_tasks": len(demos[0])}
             preset |= {"aggregation_episodes": 0}
-            if "pre_update_tasks" in preset:  # the same share of the user's tasks
-                share = preset["pre_update_tasks"] / family.settings["training_tasks"]
+            if "pre_update_tasks" in preset:  # keep its share of all tasks
+                usual = family.settings.get("training_tasks", kind.training_tasks)
+                share = preset["pre_update_tasks"] / usual
                 preset["pre_update_tasks"] = round(share * len(demos[0]))
         chosen = kind(**(preset | changed | given))
     except ValueError as error:
         raise UserError(str(error)) from None
     if chosen.experts != "demonstrations" and (
             (chosen.experts == "scripted") != (family.expert is not None)):
-        raise UserError(f"{task} has no {chosen.experts} experts")
+        advice = "" if family.expert is None else (
+            ": its expert is scripted, which its settings must say (experts=\"scripted\")")
+        raise UserError(f"{task} has no {chosen.experts} experts{advice}")
     if family.image_shape and chosen.aggregation_episodes:
         raise UserError(f"{task} learns from demonstrations alone: leave aggregation_episodes at 0")
     if chosen.experts == "local" and chosen.demonstration_detours:
@@ -206,7 +211,7 @@ def train(options) -> None:
     seeds = [options.seed] if options.seeds is None else list(range(options.seeds))
     several = len(tasks) * len(seeds) > 1
     demos = sorted_demonstrations(options.demos, options.task) if options.demos else None
-    # Bad options end it before any run.
+    # Check every task's settings before the first run, which may take hours.
     chosen = {task: choose_settings(options, task, options.seed, demos) for task in tasks}
     for task in tasks:
         for seed in seeds:
@@ -220,6 +225,7 @@ def train(options) -> None:
                 print(f"---- {task}, seed {seed}: {out}", flush=True)
             with locked(out):
                 open_run(out, settings)
+                # A single finished run is evaluated again; among several it is skipped.
                 if several and (out / "result.json").exists():
                     print("finished before")
                 else:
@@ -284,7 +290,7 @@ def evaluate_saved(options) -> None:
 
 
 def experts_beside(folder: Path, family, content: dict, options):
-    """The experts of the same run, where there are any: they show what a goal allows."""
+    """The experts of the same run, or None: their level shows what can be reached on a goal."""
     path = folder / "experts.pt"
     if content["settings"].experts == "scripted":
         return family.expert
@@ -292,8 +298,8 @@ def experts_beside(folder: Path, family, content: dict, options):
         return None
     experts = load_checkpoint(path, "experts")
     if experts["settings"] != content["settings"]:
-        raise UserError(f"{path} is of another run than the policy beside it: bring its own, or "
-                        "none")
+        raise UserError(f"{path} is of another run than the policy beside it: put the policy's "
+                        "own experts there, or none")
     return load_experts(experts, options.device)
 
 
@@ -302,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse(arguments)
         torch.set_num_threads(options.threads)
-        commit()  # that of the code as loaded; files may change under a long run
+        commit()  # ask now: files may change during a long run
         (train if options.evaluate is None else evaluate_saved)(options)
     except (UserError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

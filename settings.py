@@ -34,20 +34,20 @@ class Settings:
     # ---- Run (the command line has options of its own for the first five)
     task: str = any_word("push", "task family, a name of tasks.TASKS")
     method: str = any_word("gmps", "method, a name of baselines.METHODS")
-    seed: int = within(0, 0, 2 ** 31 - 1, "of every random number of the run")
+    seed: int = within(0, 0, 2 ** 31 - 1, "seed of every random number of the run")
     experts: str = one_of("contextual", ("contextual", "local", "scripted", "demonstrations"),
-                          "who is imitated")
+                          "which experts are imitated")
     reward: str = any_word("dense", "which of the task family's rewards")
     training_tasks: int = within(40, 2, 1000, "*number of training tasks [ours; release: 20]")
     held_out_tasks: int = within(20, 1, 1000, "number of tasks for the final evaluation")
     test_episodes: int = within(20, 2, 10_000,
-                                "*rollouts per task and round at meta-test [release: 40, ant 50]")
+                                "*episodes per task and round at meta-test [release: 40, ant 50]")
     curve: int = within(20, 0, 1000,
-                        "at most so many points of the validation curve; 0: no curve [ours]")
+                        "maximum number of points of the validation curve; 0: no curve [ours]")
 
     # ---- Local experts: soft actor-critic (local_policies.py, sac.py)
     expert_iterations: int = within(
-        40, 1, 100_000, "*each: an episode in every environment, then updates")
+        40, 1, 100_000, "*iterations: in each, an episode in every environment, then updates")
     expert_episodes: int = within(2, 1, 1000, "environments per training task")
     expert_updates: int = within(450, 1, 100_000, "gradient steps per iteration")
     expert_width: int = within(128, 1, 4096, "units in each of two hidden layers")
@@ -61,16 +61,16 @@ class Settings:
     expert_reward_scale: float = within(0.1, 1e-6, 1e6, "factor on rewards")
     expert_entropy: float = within(-1.0, -10.0, 2.0, "target entropy per action dimension [SAC]")
     expert_noise_correlation: float = within(
-        0.0, 0.0, 0.999, "of exploration noise from step to step [ours]")
+        0.0, 0.0, 0.999, "correlation of exploration noise with the step before [ours]")
     expert_relabelled: float = within(
         0.8, 0.0, 1.0, "share of a batch that gets another training task's rewards [ours]")
 
     # ---- Demonstrations (local_policies.py)
     demonstration_episodes: int = within(5, 1, 1000, "per training task")
     demonstration_noise: float = within(
-        0.3, 0.0, 5.0, "on the actions of all but the first; labels stay clean [ours]")
+        0.3, 0.0, 5.0, "std of action noise, not in a task's first episode; none on labels [ours]")
     demonstration_detours: int = within(
-        0, 0, 1000, "of these episodes: sent to another task, labelled for their own [ours]")
+        0, 0, 1000, "of these, episodes that head for another task; labels for their own [ours]")
 
     # ---- Policy and rollouts (policy.py)
     hidden: int = within(100, 1, 4096, "*units in each of two hidden layers [release]")
@@ -78,31 +78,31 @@ class Settings:
     init_std: float = within(0.5, 1e-3, 10.0, "exploration noise at the start [release: 1]")
     min_std: float = within(0.35, 1e-6, 10.0, "floor of the exploration noise [release: 1e-6]")
     noise_correlation: float = within(
-        0.0, 0.0, 0.999, "of exploration noise from step to step [ours]")
-    episodes: int = within(20, 2, 10_000, "*K, rollouts per task and inner step [release]")
+        0.0, 0.0, 0.999, "correlation of exploration noise with the step before [ours]")
+    episodes: int = within(20, 2, 10_000, "*K, episodes per task and inner step [release]")
 
     # ---- Inner step (advantages.py, gmps.py)
     inner_steps: int = within(
-        3, 1, 10, "*that the outer loss is differentiated through [release: 1]")
+        3, 1, 10, "*inner steps that the outer loss differentiates through [release: 1]")
     step_sizes: str = one_of("one", ("one", "per step"),
                              "one alpha for all inner steps, or one for each [ours]")
     init_step_size: float = within(0.03, 0.0, 10.0, "*alpha at the start [release: 0.5]")
     later_steps: str = one_of(
         "shrinking", ("shrinking", "climbing"),
-        "gradient steps past the trained ones: a quarter of the one before, or 0.4 of alpha > 0")
+        "steps after the trained ones: a quarter of the step before; or 0.4 max(alpha, 0)")
     discount: float = within(0.9, 0.0, 1.0, "*of advantages [ours; release: 0.99]")
     gae_lambda: float = within(0.8, 0.0, 1.0, "*of advantages [ours; release: 1]")
     advantage_scale: str = one_of("common", ("common", "per task"),
-                                  "what advantages are divided by [release: per task]")
-    max_weight: float = within(1e6, 1.0, 1e30, "bound of w in the inner loss [ours]")
-    inner_every: int = within(1, 1, 1000, "the inner loss takes every so many-th time step [ours]")
+                                  "divide advantages by one scale, or each task's [release]")
+    max_weight: float = within(1e6, 1.0, 1e30, "upper bound of the importance weight w [ours]")
+    inner_every: int = within(1, 1, 1000, "m: the inner loss uses every m-th time step [ours]")
 
     # ---- Meta-training (gmps.py)
     imitation_steps: int = within(
-        600, 1, 1_000_000, "of imitation, where meta-training starts [ours; release: random]")
+        600, 1, 1_000_000, "gradient steps of imitation before meta-training [ours; release: none]")
     imitation_batch: int = within(200, 1, 100_000, "labelled states per task and meta-step")
     collections: int = within(10, 1, 10_000, "*passes through step 3 of the algorithm")
-    meta_steps: int = within(25, 1, 10_000, "*on one collection [release: 300 to 500]")
+    meta_steps: int = within(25, 1, 10_000, "*Adam steps on one collection [release: 300 to 500]")
     meta_batch: int = within(20, 1, 1000, "tasks per meta-step [release: all]")
     aggregation_episodes: int = within(
         2, 0, 1000, "per task and collection, step 3c; 0: none [release: none]")
@@ -113,7 +113,7 @@ class Settings:
     pre_update_imitation: float = within(
         0.3, 0.0, 100.0, "weight of the pre-update policy's own imitation loss [ours]")
     pre_update_tasks: int = within(
-        0, 0, 1000, "the pre-update policy imitates the last so many tasks; 0: all [ours]")
+        0, 0, 1000, "number of tasks, the last ones, that phi_0 imitates; 0: all [ours]")
 
     def __post_init__(self):
         for spec in dataclasses.fields(self):
@@ -173,7 +173,7 @@ def from_strings(pairs: list[str], kind: type = Settings) -> dict:
 
 
 def from_dict(values: dict, kind: type = Settings) -> Settings:
-    """Settings from a saved dict; ValueError where it lacks or exceeds today's."""
+    """Settings from a saved dict; ValueError if names are missing or unknown."""
     known = {spec.name for spec in dataclasses.fields(kind)}
     for fault, names in (("lacks", known - set(values)), ("exceeds", set(values) - known)):
         if names:
@@ -181,8 +181,8 @@ def from_dict(values: dict, kind: type = Settings) -> Settings:
     return kind(**values)
 
 
-# Every iteration of every phase has random streams of its own, so that a run which goes on needs no
-# stored random state. Add purposes at the end only: each is known by its place.
+# Every iteration of every phase has its own random streams, so resuming needs no stored random
+# state. Add new purposes at the end only: their position is part of the seed.
 STREAMS = ("experts", "demonstrations", "imitation", "meta-training", "evaluation", "curve")
 
 

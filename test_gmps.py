@@ -49,7 +49,7 @@ def equations(inner_steps, own_sizes=False, pre_update=False):
         batch["mask"][0, -3:] = 0
         behaviour = policy.log_prob(policy.per_task(theta, 2), batch["features"], batch["action"],
                                     TINY)
-        batches.append(batch | {"log_prob": behaviour + 0.3 * normal(2, 12)})
+        batches.append(batch | {"behaviour_log_prob": behaviour + 0.3 * normal(2, 12)})
     labels = {"adapted": (normal(2, 10, 6), normal(2, 10, 3))}
     labels |= {"pre_update": (normal(3, 7, 6), normal(3, 7, 3))} if pre_update else {}
     for value in (*theta.values(), *alpha.values()):
@@ -90,7 +90,7 @@ def reference_meta_loss(theta, alpha, batches, labels, weights):
                 deviation = batch["action"] - reference_forward(phi, batch["features"])[0]
                 log_p = (-(deviation / np.exp(phi["log_std"])) ** 2 / 2 - phi["log_std"]
                          - np.log(2 * np.pi) / 2).sum(1)
-                weights[i, k] = np.exp(log_p - batch["log_prob"])
+                weights[i, k] = np.exp(log_p - batch["behaviour_log_prob"])
             gradient = reference_inner_gradient(phi, batch, weights[i, k])
             path.append({name: value - alpha[name][min(k, len(alpha[name]) - 1)] * gradient[name]
                          for name, value in phi.items()})
@@ -172,7 +172,7 @@ def test_inner_step_in_closed_form():
     std = theta["log_std"].exp().clamp(min=0.3)
     deviation = batch["action"] - hidden @ theta["w3"] - theta["b3"]
     log_prob = torch.distributions.Normal(0.0, std).log_prob(deviation).sum(-1)
-    w = (log_prob - batch["log_prob"]).exp()
+    w = (log_prob - batch["behaviour_log_prob"]).exp()
     assert w.min() < 0.9 and (w > 1.2).any()
     w_a = (w.clamp(max=1.2) * batch["advantage"] * batch["mask"])[..., None]
     count = torch.tensor([9.0, 12.0]).view(2, 1, 1)
@@ -344,7 +344,7 @@ def test_meta_steps_by_hand(steps, collections):
         assert close(after[0], theta) and close(after[1], alpha)
         path = gmps.adapt(theta, alpha, inner, STEPS, first_order=True)
         w = torch.cat([torch.exp(policy.log_prob(phi, batch["features"], batch["action"], STEPS)
-                                 - batch["log_prob"])[batch["mask"] > 0]
+                                 - batch["behaviour_log_prob"])[batch["mask"] > 0]
                        for phi, batch in zip(path, inner)])
         first, _, adapted = (episodes for _, episodes, *_ in rollouts)
         expected = {

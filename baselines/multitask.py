@@ -20,7 +20,7 @@ class Settings(settings_module.Settings):
 
 
 def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-    """Experts, demonstrations, imitation; one collection, which takes no step of its own."""
+    """Experts, demonstrations, imitation. It yields once, and rolls out nothing in training."""
     experts = problem.train_experts()
     demonstrations = problem.demonstrate(experts)
     if state is None:

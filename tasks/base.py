@@ -1,7 +1,7 @@
 """The contract of a task family: everything that the rest of the code asks of one.
 
-A *task family* (push, ant, ...) is a robot, an observation and a reward with a hole in it. A *task*
-fills the hole: two numbers for a goal on the table, one for an angle. The policy never sees it.
+A *task family* (push, ant, ...) is a robot, an observation, and a reward that depends on a task. A
+*task* is a vector: two numbers for a goal on the table, one for an angle. The policy never sees it.
 
 Write a subclass of `MujocoFamily` (a MuJoCo model, stepped in batches) or of `GymnasiumFamily` (any
 `gymnasium.Env`, slower), and add its line to `TASKS` in tasks/__init__.py. docs/fork.md has a
@@ -30,21 +30,22 @@ class TaskFamily:
     task_unit = "m"             # of tasks and of `distance`; "rad" shows as degrees in tables
     task_limits = None          # (low, high): tasks outside are refused. None: the range above
     rewards = ("dense",)        # what --reward offers; the usual one first
-    outcome_size = 0            # numbers that hold all a reward for any task needs. 0: rewards are
-                                # not computed anew for other tasks, and experts learn more slowly.
-                                # Leave it 0 where the end of an episode depends on the task
+    outcome_size = 0            # numbers of an outcome: what the reward of any task needs of a
+                                # state. Experts use it to relabel tasks. 0, for a GymnasiumFamily
+                                # only: no relabelling. 0 if an episode's end depends on the task
     # ---- Optional: learning
     observation_centre = 0.0    # networks see (observation - centre) / scale,
     observation_scale = 1.0     # numbers or arrays (observation_size,)
     baseline_products = ()      # entries of the observation whose products the baseline sees
-    image_shape = None          # (rows, columns, 3) where the policy also sees a picture
+    image_shape = None          # (rows, columns, 3) of the image from the MuJoCo camera "policy";
+                                # `observe` then gives the numbers beside it. None: no image
     expert = None               # scripted: (n, B, obs), (n, task) -> (n, B, act). None: learn one
-    settings = {}               # what this family wants other than the defaults of settings.py
-    local_settings = {}         # and what it wants besides with --experts local
+    settings = {}               # settings of this family that differ from settings.py
+    local_settings = {}         # further ones with --experts local
 
     # ---- Optional: what people see
-    table = ("final distance (m)", 1.0, 4)  # column title, its units per `task_unit`, digits
-    published = {}              # {list or phase of result.json: what the authors' release reached}
+    table = ("final distance (m)", 1.0, 4)  # title with a unit in (), factor to that unit, digits
+    published = {}              # {list or phase of result.json: text of the column "published"}
     frames_every = 1            # steps per frame of the film, which plays 20 frames a second
 
     def __init__(self, reward: str | None = None):
@@ -79,10 +80,13 @@ class TaskFamily:
 class MujocoFamily(TaskFamily, abc.ABC):
     """A MuJoCo model whose environments `envs.BatchEnv` steps together.
 
-    The camera named "video" in the model takes the film. B is the number of environments.
+    B environments. A state is (1 + nq + nv + na,): time, positions, velocities, activations. Sensor
+    readings are in the order of <sensor>, taken at the start of the last physics step. The model
+    needs a camera "video" for the film. outcome_size and reward_terms are required here.
     """
     frame_skip: int             # physics steps per environment step
-    control_spec: int           # mjtState bits that an action changes (motor signals, mocap, ...)
+    control_spec: int           # what an action sets: int(mujoco.mjtState.mjSTATE_CTRL) for motors,
+                                # mjSTATE_MOCAP_POS for a mocap body
     observation_limit = np.inf  # bound of gymnasium's observation space
     goal_size = (0.02, 0.02, 0.002)  # of the mark that a film shows: radius, radius, half height
 
@@ -104,28 +108,31 @@ class MujocoFamily(TaskFamily, abc.ABC):
 
     @abc.abstractmethod
     def distance(self, outcome: np.ndarray, task: np.ndarray) -> np.ndarray:
-        """How far from solved, (...,) in `task_unit`: `outcome` (..., outcome), `task` (..., task).
-        """
+        """Distance from the goal (...,) in `task_unit`, of outcomes (..., outcome_size)."""
 
     @abc.abstractmethod
     def next_control(self, control: np.ndarray, action: np.ndarray) -> np.ndarray:
-        """Control (B, control) after actions (B, act) already clipped to [-1, 1]."""
+        """New control (B, control) from the one before and actions (B, act) clipped to [-1, 1].
+
+        The size of a control follows from `control_spec`: motor signals (nu), mocap position (3).
+        """
 
     def ended(self, state: np.ndarray) -> np.ndarray:
-        """(B,) bool: who ends before the horizon. Nobody, here."""
+        """(B,) bool: which episodes terminate in this state. Here none does before the horizon."""
         return np.zeros(len(state), bool)
 
     @abc.abstractmethod
     def goal_position(self, task: np.ndarray) -> np.ndarray:
-        """(3,) where a film marks the goal."""
+        """(3,): where a film marks the goal of one task (task_size,), in world coordinates."""
 
 
 class GymnasiumFamily(TaskFamily, abc.ABC):
     """Any `gymnasium.Env`, stepped by gymnasium's own vector environment.
 
-    The environment must take `reset(options={"task": task})`, and put "goal_distance" (a number in
-    `task_unit`: how far from solved) into the info of every step. With an outcome_size it also puts
-    "outcome" (outcome_size,) there. A film needs render_mode "rgb_array".
+    The environment must take `reset(options={"task": task})`, task (task_size,). Observations are
+    (observation_size,). Every step's info must hold "goal_distance": a number in `task_unit`. With
+    an outcome_size it must also hold "outcome" (outcome_size,). Episodes end at `horizon`.
+    Other bounds of actions are scaled to [-1, 1]. A film needs render_mode "rgb_array".
     """
 
     @abc.abstractmethod

@@ -19,7 +19,8 @@ class TaskOption(gymnasium.Wrapper):
 class GymnasiumBatch:
     """B environments of a `GymnasiumFamily`, with the part of BatchEnv's API that learning uses.
 
-    Environment j begins every rollout with seed j, so that a run repeats to the last bit.
+    Environment j starts every rollout with seed j, so that a run can be repeated bit for bit. So
+    random starts are the same B starts in every rollout.
     """
 
     def __init__(self, num_envs: int, family: GymnasiumFamily, render_mode: str | None = None):
@@ -44,7 +45,7 @@ class GymnasiumBatch:
         dtype = self.vector.single_action_space.dtype
         observation, reward, terminated, truncated, info = self.vector.step(
             np.clip(actions, -1.0, 1.0).astype(dtype))
-        # In the step after its end an environment is only reset: it has no distance to tell.
+        # An environment that ended in the last step is only reset in this one: no info from it.
         resetting, self._finished = self._finished, terminated | truncated
         if resetting.all():
             info["goal_distance"] = np.zeros(self.num_envs)

@@ -32,7 +32,7 @@ class NoOpenGL(RuntimeError):
 
 @contextlib.contextmanager
 def opengl():
-    """Whatever goes wrong inside for want of an OpenGL library becomes NoOpenGL."""
+    """Turn every error inside, which here means no OpenGL library, into NoOpenGL."""
     try:
         with warnings.catch_warnings(action="ignore"):  # GLFW, the last resort, warns, then fails
             yield
@@ -43,7 +43,7 @@ def opengl():
 
 
 def open_renderer(model: mujoco.MjModel, height: int = 480, width: int = 640) -> mujoco.Renderer:
-    """An offscreen renderer for people's eyes. NoOpenGL where there is no library."""
+    """An offscreen renderer of full quality, for films. NoOpenGL where there is no library."""
     with opengl():
         return mujoco.Renderer(model, height, width)
 

@@ -1,4 +1,4 @@
-"""Sawyer door: open a door by its handle to a hidden angle; and the expert that a script is.
+"""Sawyer door: open a door by its handle to a hidden angle; and a scripted expert for it.
 
 Source: the paper's door task with the constants of the authors' release where it gives them, see
 tasks/sawyer.py. Masses, the handle's two boxes and the hinge's range are [ours].
@@ -69,7 +69,7 @@ class SawyerDoor(SawyerFamily):
     observation_scale = np.repeat([0.1, 0.05], 3)  # the grasp point moves less than the hand
 
     # ---- settings, tables, films
-    # The pre-update policy imitates wide angles, so that its rollouts pass most others. Rewards
+    # The pre-update policy imitates wide angles, so that its episodes pass most others. Rewards
     # grow with the target angle, hence each task's own advantage scale. The first inner step goes
     # far and further ones correct it, so each has step sizes of its own. Labels come from the
     # demonstrations alone, half of which head for another angle.
@@ -156,9 +156,8 @@ def door_expert(observations: np.ndarray, tasks: np.ndarray) -> np.ndarray:
     """Over the bar, down until a claw is on either side of it, then pull along the arc.
 
     observations (n, B, 6), tasks (n, 1) -> actions (n, B, 3), float32 in [-1, 1]. The script has no
-    memory. Where the hand is relative to the bar fades every phase in, and the pull is proportional
-    to the angle that is left. So actions are continuous in the state, and states off the path can
-    be labelled as well.
+    memory: the position of the hand relative to the bar blends the phases. The pull is proportional
+    to the remaining angle. So actions are continuous in the state, and any state can be labelled.
     """
     hand, grasp = observations[..., :3], observations[..., 3:]
     angle = door_angle(grasp)

@@ -86,7 +86,7 @@ def test_batch_of_the_inner_step(collected):
     mean = policy.mean_action(phi, batch["features"])
     gaussian = torch.distributions.Normal(mean, phi["log_std"].exp().clamp(min=0.3))
     log_prob = gaussian.log_prob(batch["action"]).sum(-1)
-    assert torch.allclose(batch["log_prob"], log_prob, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(batch["behaviour_log_prob"], log_prob, rtol=1e-5, atol=1e-5)
     log_prob = policy.log_prob(phi, batch["features"], batch["action"], NOISY)
     assert (gmps.importance_weights(log_prob, batch, NOISY) - 1).abs().max() <= 1e-6
     given = advantages.advantages(
@@ -193,7 +193,7 @@ def test_the_first_collection_with_any_reward_fixes_the_scale(collected):
     demonstrations = Demonstrations(np.zeros((2, 5, 6)), np.zeros((2, 5, 3)))
     settings = dataclasses.replace(NOISY, imitation_steps=1)
     learner = gmps.MetaLearner(PROBLEM, demonstrations, settings)
-    learner.next_collection()
+    learner.begin_collection()
     size = advantages.policy_gradient_batch(episodes, phi, PUSH, NOISY)[1]
     for factor, scale in ((0.0, None), (3.0, 3 * size), (7.0, 3 * size), (0.0, 3 * size)):
         batch = learner.batch(0, episodes | {"rewards": factor * episodes["rewards"]}, phi)

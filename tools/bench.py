@@ -147,7 +147,7 @@ def bench_meta() -> None:
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
     batch = {"features": normal(n, B, 6), "action": normal(n, B, 3), "advantage": normal(n, B),
-             "mask": torch.ones(n, B), "log_prob": -3 + 0.1 * normal(n, B)}
+             "mask": torch.ones(n, B), "behaviour_log_prob": -3 + 0.1 * normal(n, B)}
     labels = normal(n, settings.imitation_batch, 6), normal(n, settings.imitation_batch, 3)
 
     def meta_step(rows):

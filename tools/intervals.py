@@ -1,7 +1,7 @@
-"""One convention for uncertainty, everywhere: what would other seeds have given?
+"""The uncertainty of every table: how much would the mean change with other seeds?
 
-All seeds of a method share their held-out goals, so goals say nothing about that; whole seeds are
-resampled. With fewer than five seeds an interval would be a guess, and every seed is shown instead.
+All seeds of a method have the same held-out goals, so whole seeds are resampled, not goals. With
+fewer than five seeds an interval would be a guess: tables show every seed's value instead.
 """
 import numpy as np
 

@@ -112,14 +112,13 @@ def draw_adaptation(family, lists, axis) -> None:
 def draw_film(out: Path, family, stages: dict, tasks: np.ndarray) -> None:
     """The mean action on the first task, before and after adaptation, side by side.
 
-    `stages`: {round: adapter} of `evaluate.Evaluation`. Without OpenGL there is no film.
+    `stages` and `tasks`: those of `evaluate.Evaluation`. Without OpenGL there is no film.
     """
-    count = min(len(tasks), 50)  # the adapters stand for the first chunk of tasks
-    env = make_batch(family, count, 1, render_mode="rgb_array")
+    env = make_batch(family, len(tasks), 1, render_mode="rgb_array")
     sides = []
     try:
         for k, adapter in stages.items():
-            frames = film(env, partial(adapter.act, explore=False), tasks[:count])
+            frames = film(env, partial(adapter.act, explore=False), tasks)
             label = f"after {k} gradient steps" if k else "before adaptation"
             sides.append(np.array([labelled(frame[::2, ::2], label) for frame in frames]))
     except NoOpenGL as error:

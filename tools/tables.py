@@ -2,9 +2,9 @@
 
     python tools/tables.py    # rewrites both; nothing changes where they are up to date
 
-A table stands between a marker and "<!-- end -->". `<!-- SUMMARY -->`: a row per task and method;
-`<!-- TABLE task/method -->` one method in full; `<!-- CLOSING task/method/seed -->` the end of
-one run. All are made of results/TASK/METHOD/seed*/result.json.
+A table is between a marker and "<!-- end -->". `<!-- SUMMARY -->`: a row per task and method.
+`<!-- TABLE task/method -->`: one method in full. `<!-- CLOSING task/method/seed -->`: the last
+lines of one run. All come from results/TASK/METHOD/seed*/result.json.
 """
 import json
 import re
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
 from checkpoints import UserError, write_atomically
-from evaluate import LEVELS, closing_counts, closing_table, mean_of
+from evaluate import LEVELS, by_round, closing_counts, closing_table, mean_of
 from tasks import TASKS, load
 from tools.intervals import spread
 
@@ -33,11 +33,11 @@ def results(folder: Path, pattern: str) -> list[dict]:
     return [json.loads(file.read_text()) for file in files]
 
 
-def seed_means(results: list[dict], name: str, key: str, gradient_steps=None) -> np.ndarray:
-    """(seeds,): each seed's mean over tasks."""
-    return np.array([mean_of([entry for entry in result[name]
-                              if entry.get("gradient_steps") == gradient_steps], key)
-                     for result in results])
+def seed_means(results: list[dict], name: str, key: str, number: int | None = None) -> np.ndarray:
+    """(seeds,): each seed's mean over tasks, of all entries of a list or of one round's."""
+    entries = [result[name] if number is None else by_round(result[name])[number]
+               for result in results]
+    return np.array([mean_of(seed, key) for seed in entries])
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -61,18 +61,20 @@ def table(task: str, results: list[dict]) -> str:
     family = load(task)
     column, factor, digits = family.table
 
-    def row(label, name, gradient_steps=None):
-        returns, distances, success = (seed_means(results, name, key, gradient_steps)
+    def row(label, name, number=None):
+        returns, distances, success = (seed_means(results, name, key, number)
                                        for key in ("return", "final_distance", "success"))
         return [label, spread(returns, 0), spread(factor * distances, digits),
                 f"{100 * success.mean():.0f}%", family.published.get(name, "")]
 
+    gradient = by_round(results[0]["held_out"])[1][0]["gradient_steps"] == 1
+    what = "gradient step" if gradient else "round"
     seeds = f"{len(results)} seed{'s' * (len(results) > 1)}"
     rows = [[seeds, "return", column, "success", "published"],
             row("before adaptation (pre-update policy)", "held_out", 0)]
     for name, kind, steps in (("held_out", "", (1, 2, 3, 5)),
                               ("held_out_sampled", ", sampled actions", (1, 3))):
-        rows += [row(f"after {k} gradient step{'s' * (k > 1)}{kind}", name, k) for k in steps]
+        rows += [row(f"after {k} {what}{'s' * (k > 1)}{kind}", name, k) for k in steps]
     rows += [row(label, name) for name, label in LEVELS.items()
              if all(result.get(name) for result in results)]
     for phase in ("experts", "meta_training", "evaluation"):
