@@ -42,12 +42,13 @@ def write_atomically(path: Path, write: Callable, mode: str = "wb") -> None:
 
     A reader always finds a complete file, the old or the new one, even if this process is killed.
     """
+    # In the same folder, since a rename across file systems is no single act.
     temporary = path.with_name(path.name + ".part")
     try:
         with open(temporary, mode) as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # else a crash may leave the new name with no content
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -82,6 +83,7 @@ def load_checkpoint(path: Path, kind: str) -> dict:
         raise UserError(f"no {path}: train first, or name the folder of a finished run") from None
     except OSError:
         raise damaged from None
+    # The zip's own checksums miss its headers; the digest covers every byte.
     body, digest = raw[:-len(DIGEST) - 64], raw[-len(DIGEST) - 64:]
     whole = digest == DIGEST + hashlib.sha256(body).hexdigest().encode()
     if digest.startswith(DIGEST) and not whole:  # torch.load may fail on it in any way
@@ -102,6 +104,7 @@ def load_checkpoint(path: Path, kind: str) -> dict:
                         "another folder")
     if not whole:
         raise damaged
+    # Settings that are missing must not be filled in silently: the policy was not trained so.
     try:
         method = baselines.load(content["settings"]["method"])
         content["settings"] = settings_module.from_dict(content["settings"], method.Settings)
@@ -252,6 +255,7 @@ def locked(out: Path):
     except OSError as error:
         raise UserError(f"cannot write to the output folder {out}: {error.strerror}; choose "
                         "another with --out") from None
+    # Not blocking: a run that waits for hours behind another looks like one that hangs.
     lock = filelock.FileLock(out / ".lock")
     try:
         lock.acquire(blocking=False)
@@ -266,6 +270,7 @@ def locked(out: Path):
 
 def open_run(out: Path, settings) -> None:
     """Check that a locked folder is new or holds this run; UserError otherwise."""
+    # Checkpoints would be refused as well, but this says which setting differs.
     saved, wanted = out / "settings.json", dataclasses.asdict(settings)
     if saved.exists():
         try:

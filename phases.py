@@ -97,12 +97,14 @@ class Problem:
         scripted expert needs no training.
         """
         settings, journal = self.settings, self.journal
+        # Scripted experts cost nothing, and of a user's demonstrations nobody is left to ask.
         if settings.experts == "scripted":
             self.experts = self.family.expert
         elif settings.experts != "demonstrations":
             if not (self.out / "experts.pt").exists():
                 with journal.timing("experts"):
                     self._learn_experts()
+            # Load the file even if it was just written, so that a resumed run sees the same bits.
             content = journal.load("experts.pt", "experts")
             (self.out / "experts_partial.pt").unlink(missing_ok=True)
             self.experts = load_experts(content, self.device)
@@ -146,6 +148,7 @@ class Problem:
             self.journal.write_metrics()  # the run may have been killed before it could
         (self.out / "policy_partial.pt").unlink(missing_ok=True)
         settings, journal = self.settings, self.journal
+        # More rounds than were trained show whether later steps undo what the first ones gained.
         with journal.timing("evaluation"):
             tasks = task_set(self.family, "held_out", settings.held_out_tasks)
             evaluation = evaluate(self.environments, adapter, tasks, max(TABLE_ROUNDS),
@@ -189,6 +192,7 @@ class Problem:
                                                          metrics["progress"])]
         if done[1] > done[0]:
             self._add_to_curve(metrics["iteration"])
+        # The bar comes with the first collection: before, the experts have a bar of their own.
         if self.bar is None:
             total = round(metrics["iteration"] / metrics["progress"])
             self.bar = progress_bar("meta-training", total, metrics["iteration"] - 1)
@@ -202,11 +206,12 @@ class Problem:
         journal, settings = self.journal, self.settings
         with journal.timing("curve"):
             adapter = self.method.Adapter(self.state["policy"], self.family, settings, self.device)
-            adapter.references = {}
+            adapter.references = {}  # they do not change, and would cost steps at every point
             tasks = task_set(self.family, "validation", CURVE_TASKS)
             evaluation = evaluate(self.environments, adapter, tasks, CURVE_ROUNDS,
                                   settings.test_episodes, settings.seed, purpose="curve",
                                   stream=iteration, explore_last=False)
+            # What measuring costs is not what training costs: it is counted apart.
             spent = sum(journal.env_steps[phase] for phase in ("experts", "meta_training"))
             journal.curve += curve_points(evaluation, spent)
             for counts, spent in ((journal.env_steps, evaluation.env_steps),
@@ -219,6 +224,7 @@ class Problem:
         state = content and content["state"]
         count = len(self.tasks) * settings.expert_episodes
         env = make_batch(self.family.expert_family, count, self.threads)
+        # An iteration is cheap and its checkpoint is large, so only some are kept.
         done = state["iteration"] if state else 0
         title = f"experts ({settings.experts})"
         with progress_bar(title, settings.expert_iterations, done) as bar:

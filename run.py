@@ -52,6 +52,8 @@ from tools.pictures import draw_extrapolation
 
 # ---------------------------------------------------------------- options
 class Parser(argparse.ArgumentParser):
+    """argparse prints its usage before an error; here an error is one line."""
+
     def error(self, message):
         raise UserError(f"{message} (python run.py --help lists what there is)")
 
@@ -100,6 +102,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         raise UserError(str(error)) from None
     options = parser.parse_args(arguments)
+    # Values out of range. argparse knows types only.
     if options.task not in (*TASKS, "all"):
         raise UserError(f"unknown task {options.task!r}: choose one of {', '.join(TASKS)}, or all")
     for name, low, high in (("seed", 0, 2 ** 31 - 1), ("threads", 1, 1024), ("seeds", 1, 1000),
@@ -107,6 +110,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"{flag(name)} must be between {low} and {high}, not {value}")
+    # Options of one command beside the other. Silence would let a user believe that they count.
     training = options.evaluate is None
     for name in ("goals", "gradient_steps", "rollouts", "extrapolate"):
         if training and getattr(options, name) not in (None, False):
@@ -114,6 +118,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("quick", "set", "seeds", "reward", "experts", "demos"):
         if not training and getattr(options, name):
             raise UserError(f"{flag(name)} is for training: leave it out beside --evaluate")
+    # Options that contradict each other.
     if options.seeds and options.seed:
         raise UserError("--seeds N runs seeds 0 to N - 1: leave --seed out")
     if options.task == "all" and (options.evaluate or options.demos or options.reward
@@ -143,7 +148,10 @@ Demos = tuple[np.ndarray, Demonstrations]
 
 def choose_settings(options, task: str, seed: int,
                     demos: Demos | None = None) -> settings_module.Settings:
-    """Settings of one run: the defaults, then the task family's, then those of the options."""
+    """Settings of one run: the defaults, then the task family's, then those of the options.
+
+    UserError for whatever does not fit: it is cheaper to say so now than after the experts.
+    """
     method = options.method or "gmps"
     kind = baselines.load(method).Settings
     try:
@@ -157,10 +165,12 @@ def choose_settings(options, task: str, seed: int,
             preset |= family.local_settings
         if options.quick:
             preset |= settings_module.QUICK
+        # What has an option of its own also names the folder, so --set must not change it.
         changed = settings_module.from_strings(options.set, kind)
         for name in ("task", "method", "seed", "experts", "reward"):
             if name in changed:
                 raise UserError(f"--set {name}: use --{name}")
+        # A user's demonstrations bring their tasks, and no expert that could label more states.
         if demos is not None:
             for name in changed.keys() & {"training_tasks", "aggregation_episodes"}:
                 raise UserError(f"--set {name}: --demos brings its own tasks, but no expert for "
@@ -174,6 +184,7 @@ def choose_settings(options, task: str, seed: int,
         chosen = kind(**(preset | changed | given))
     except ValueError as error:
         raise UserError(str(error)) from None
+    # What a task family cannot do.
     if chosen.experts != "demonstrations" and (
             (chosen.experts == "scripted") != (family.expert is not None)):
         advice = "" if family.expert is None else (
@@ -206,7 +217,10 @@ def sorted_demonstrations(path: Path, task: str) -> Demos:
 
 # ---------------------------------------------------------------- the two commands
 def train(options) -> None:
-    """The runs that the command line names, one after the other; finished ones are left alone."""
+    """The runs that the command line names, one after the other; finished ones are left alone.
+
+    So `--task all --seeds 3` can be stopped at any time and started again.
+    """
     tasks = list(TASKS) if options.task == "all" else [options.task]
     seeds = [options.seed] if options.seeds is None else list(range(options.seeds))
     several = len(tasks) * len(seeds) > 1
@@ -215,6 +229,7 @@ def train(options) -> None:
     chosen = {task: choose_settings(options, task, options.seed, demos) for task in tasks}
     for task in tasks:
         for seed in seeds:
+            # The folder says all that tells one run from another, but for --set.
             settings = dataclasses.replace(chosen[task], seed=seed)
             label = method_label(settings, make_family(task))
             folder = f"seed{seed}" + "_quick" * options.quick
@@ -233,7 +248,7 @@ def train(options) -> None:
 
 
 def train_one(problem: Problem) -> None:
-    """One run."""
+    """One run. It says what is unusual about it; settings.json has the rest."""
     changed = [f"{spec.name}={getattr(problem.settings, spec.name)}"
                for spec in dataclasses.fields(problem.settings)
                if getattr(problem.settings, spec.name) != spec.default]
@@ -243,7 +258,10 @@ def train_one(problem: Problem) -> None:
 
 
 def evaluate_saved(options) -> None:
-    """Adapt the policy in a folder to the user's goals."""
+    """Adapt the policy in a folder to the user's goals, or to the held-out ones.
+
+    The policy's own settings count, so that it explores and steps as it was trained to.
+    """
     source = options.evaluate
     if source.is_file():
         raise UserError(f"--evaluate takes the folder that holds policy.pt: {source} is a file")
@@ -254,6 +272,7 @@ def evaluate_saved(options) -> None:
     if options.method not in (None, settings.method):
         raise UserError(f"{source} holds a policy of {settings.method}: leave --method out")
     check_camera(family)
+    # Which goals: those outside the training range, the user's, or the held-out ones.
     bands = family.bands()
     if options.extrapolate and not bands:
         raise UserError(f"{settings.task} has no goals outside its training range: --extrapolate "
@@ -267,6 +286,7 @@ def evaluate_saved(options) -> None:
     rounds, episodes = options.gradient_steps, options.rollouts or settings.test_episodes
     if rounds is None:
         rounds = 20 if options.extrapolate else 5
+    # The counts of training travel with the policy into the result of its evaluation.
     out = options.out or source / "evaluation"
     with locked(out):
         open_evaluation(out)
