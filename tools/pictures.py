@@ -68,13 +68,15 @@ def draw_meta_training(rows, settings, axis) -> None:
         curves = (("imitation_0", f"before adaptation{own}", ends),
                   (f"imitation_{steps}", f"after inner step {steps}", ends))
         axis.set(title="meta-training, last meta-step of each collection",
-                 ylabel="imitation loss, training tasks", ylim=(0, None))
+                 ylabel="imitation loss, training tasks")
     else:
         curves = (("return", "training tasks", ends),)
         axis.set(title="meta-training, sampled actions", ylabel="return per episode")
     for (key, label, x), color in zip(curves, ("tab:orange", "tab:blue")):
         axis.plot(x, [row[key] for row in rows], color=color, label=label)
     axis.set(xlabel="environment steps")
+    if "adapted_return" not in rows[0] and "imitation_0" in rows[0]:
+        axis.set_ylim(bottom=0)  # after the curves, else it would be 1 at the top
     axis.locator_params(axis="x", nbins=5)
     axis.legend()
 
