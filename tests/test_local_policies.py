@@ -167,8 +167,8 @@ def test_experts_explore_learn_and_go_on_from_a_snapshot_with_the_same_bits(kind
     else:
         swapped = experts(observations[::-1], tasks[::-1])[::-1]
         assert np.allclose(experts(observations, tasks), swapped, atol=1e-6)
-    for saved in (seen[1][1], through_bytes(seen[1][1])):
-        resumed = list(local_policies.train_experts(env, tasks, settings, saved))
+    for load in (dict, through_bytes):  # that of memory first, that of a file after its use
+        resumed = list(local_policies.train_experts(env, tasks, settings, load(seen[1][1])))
         for (again, _, metrics), (unbroken, _, expected) in zip(resumed, seen[2:], strict=True):
             assert all(map(torch.equal, again.policy, unbroken.policy)) and metrics == expected
 

@@ -133,7 +133,7 @@ def test_update_steps_on_each_objective_and_the_targets_follow():
     assert not torch.equal(learner.policy[0], other.policy[0])
     shapes = [list(p.shape[1:]) for p in learner.policy]
     assert shapes == [[3, 16], [1, 16], [16, 16], [1, 16], [16, 4], [1, 4]]
-    learner.target_critic = other.target_critic
+    [own.copy_(new) for own, new in zip(learner.target_critic, other.target_critic, strict=True)]
     with torch.no_grad():
         learner.log_temperature.copy_(torch.tensor([[0.5], [-1.0]]))
     old, batch = learner.state_dict(), sac_batch(2, 8, 3, 2, generator)
