@@ -68,6 +68,12 @@ def save_checkpoint(path: Path, kind: str, settings, content: dict) -> None:
     torch.save({"format": FORMAT, "kind": kind, "settings": dataclasses.asdict(settings),
                 **content}, buffer)
     body = buffer.getvalue()
+    # Read it back now: a method's state may hold what could be written and never read again.
+    try:
+        torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} would not be readable: a state may hold Python numbers, strings, "
+                        "lists, dicts and tensors only, no numpy arrays or objects") from None
     digest = DIGEST + hashlib.sha256(body).hexdigest().encode()
     write_atomically(path, lambda file: file.write(body + digest))
 
@@ -198,7 +204,10 @@ class Journal:
 
     def note(self, phase: str, metrics: dict) -> None:
         """Add a row of metrics and its counts; `env_steps` in it is a total, not an increment."""
-        self.env_steps[phase] = metrics["env_steps"]
+        # numpy's scalars and tensors would make the checkpoint unreadable.
+        metrics = {key: value.item() if hasattr(value, "item") else value
+                   for key, value in metrics.items()}
+        self.env_steps[phase] = int(metrics["env_steps"])
         self.divergences[phase] = (self.divergences.get(phase, 0)
                                    + metrics.get("divergences", 0))
         self.rows.append({"phase": phase} | metrics)
@@ -281,8 +290,10 @@ def open_run(out: Path, settings) -> None:
             raise UserError(f"{saved} is not readable: delete the folder or choose another with "
                             "--out")
         if found != wanted:
-            other = [k for k in sorted({*found, *wanted}) if found.get(k) != wanted.get(k)]
-            raise UserError(f"{out} holds another run (other {', '.join(other[:4])}): choose "
+            names = [*wanted, *sorted({*found} - {*wanted})]  # task, method and seed come first
+            other = [k for k in names if found.get(k) != wanted.get(k)]
+            more = f" and {len(other) - 4} more" * (len(other) > 4)
+            raise UserError(f"{out} holds another run (other {', '.join(other[:4])}{more}): choose "
                             "another folder with --out")
     elif (out / "result.json").exists():
         raise UserError(f"{out} holds another result.json: choose another folder with --out")

@@ -76,7 +76,7 @@ def evaluate(environments: Environments, adapter, tasks: np.ndarray, rounds: int
             generator = random_streams(seed, purpose, stream + number)[1]
             adapt_and_measure(out, environments, adapter, chunk, rounds, episodes, generator,
                               explore_last)
-            for name, reference in adapter.references.items():
+            for name, reference in getattr(adapter, "references", {}).items():
                 reference.begin(len(chunk), generator)
                 out.lists.setdefault(name, []).extend(measure(out, environments, reference, chunk))
             if experts is not None and getattr(experts, "contextual", True):
@@ -136,6 +136,13 @@ def by_round(entries: list[dict]) -> list[list[dict]]:
     return [rounds[steps] for steps in sorted(rounds)]
 
 
+def update_word(lists: dict) -> str:
+    """What a round is: a "gradient step", or a "round" of several updates of another kind."""
+    rounds = by_round(lists["held_out"])
+    several = len(rounds) > 1 and rounds[1][0]["gradient_steps"] > 1
+    return "round" if several else "gradient step"
+
+
 def mean_of(entries: list[dict], key: str) -> float:
     return float(np.mean([entry[key] for entry in entries]))
 
@@ -159,10 +166,9 @@ def closing_table(lists: dict, unit: str, title: str = "held-out tasks") -> str:
     lines = [f"{title:<34}{'return':>8}{f'distance {unit}':>14}{'success':>10}"]
     for name, label in (("held_out", "mean action"), ("held_out_sampled", "sampled actions")):
         rounds = by_round(lists[name])
+        what = update_word(lists).split()[-1]
         for k, entries in enumerate(rounds):
             if k in TABLE_ROUNDS or k == len(rounds) - 1:
-                # Methods that update more than once a round take no gradient steps to count.
-                what = "step" if entries[0]["gradient_steps"] == k else "round"
                 lines.append(row(f"adapted, {k} {what}{'s' * (k != 1)}, {label}", entries))
     return "\n".join([*lines, *(row(label, lists[name]) for name, label in LEVELS.items()
                                 if name in lists)])

@@ -41,11 +41,12 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
     experts = problem.train_experts()
     # 2. D*_i: states that pi*_i visits, and its actions there.
     demonstrations = problem.demonstrate(experts)
+    # theta starts from imitation of all experts without adaptation [ours].
     learner = MetaLearner(problem, demonstrations, settings, state)
     theta, alpha = learner.theta, learner.alpha
     # 3. Repeat, with theta_0 <- theta:
     while learner.begin_collection():
-        # 3a. D_i: K episodes of pi_theta_0 on each task.
+        # 3a. D_i: K episodes of pi_theta_0 on each task (further inner steps: K of pi_phi each).
         batches = collect(learner, problem)
         # 3b. Many meta-steps on the same D_i, each on some of the tasks.
         for _ in range(settings.meta_steps):
@@ -176,7 +177,7 @@ def imitation_loss(phi: Params, x: torch.Tensor, expert_action: torch.Tensor) ->
 
 def outer_loss(theta: Params, phis: list[Params], labels: dict,
                settings: Settings) -> tuple[torch.Tensor, dict]:
-    """The meta-objective: imitation after adaptation, averaged over phi_1, phi_2, ...
+    """The meta-objective: imitation after adaptation, averaged over phi_1, phi_2, ... [ours].
 
     `phis` is from `adapt`, `labels["adapted"]` = (x, a*) of its tasks. [ours] The loss of phi_0 is
     added with a weight: the paper's objective has no gradient that improves what theta's episodes

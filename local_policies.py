@@ -117,7 +117,12 @@ class Replay:
         if not self.family.outcome_size:
             return self.data["reward"][stream, step, 0]
         outcome, action = (self.data[name][stream, step] for name in ("outcome", "action"))
-        return sum(self.family.reward_terms(outcome, action, task).values())
+        terms = self.family.reward_terms(outcome, action, task)
+        for name, term in terms.items():  # another shape may broadcast into nonsense, silently
+            if term.shape != outcome.shape[:-1]:
+                raise ValueError(f"{self.family.name}: reward_terms()[{name!r}] has shape "
+                                 f"{term.shape}, not {outcome.shape[:-1]}")
+        return sum(terms.values())
 
 
 def expert_input(family, observation: np.ndarray, task: np.ndarray | None = None) -> torch.Tensor:

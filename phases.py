@@ -8,6 +8,7 @@ callable of it writes a file. A run that is started again reads that file instea
 Unfinished training is in experts_partial.pt and policy_partial.pt. Every checkpoint holds the
 journal up to then: metrics, curve, counts of steps and seconds, commits.
 """
+import dataclasses
 import platform
 from pathlib import Path
 
@@ -158,11 +159,16 @@ class Problem:
             lists["experts_training"] = [] if self.experts is None else measure_experts(
                 evaluation, self.environments, self.experts, self.tasks)
         result = result_of(self, evaluation, settings.seed) | {"curve": journal.curve} | lists
-        draw_plot(self.out, self.family, settings, journal.rows, lists)
-        draw_film(self.out, self.family, evaluation.stages, evaluation.stage_tasks)
-        write_json(self.out / "result.json", result)
         print(closing_table(lists, self.family.task_unit))
         print(closing_counts(result))
+        # A fault in a picture, of a new task's camera say, must not cost the numbers.
+        try:
+            draw_plot(self.out, self.family, settings, journal.rows, lists)
+            draw_film(self.out, self.family, evaluation.stages, evaluation.stage_tasks)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:
+            print(f"a picture is missing: {type(error).__name__}: {error}")
+        write_json(self.out / "result.json", result)
         print(f"results in {self.out}")
 
     # ---- resuming, metrics, checkpoints
@@ -257,6 +263,9 @@ def train_and_test(problem: Problem) -> None:
         with problem.journal.timing("meta_training"):
             for state, metrics in problem.method.train(problem, problem.settings, problem.state):
                 problem.collected(state, metrics)
+        if not (problem.out / "result.json").exists():
+            raise UserError(f"{problem.settings.method}: train() ended without its last act, "
+                            "problem.meta_test(Adapter(...)): see baselines/__init__.py")
     finally:
         problem.close()
 
@@ -308,7 +317,8 @@ def result_of(problem: Problem, evaluation: Evaluation, seed: int) -> dict:
             "commit": journal.commits["evaluation"][-1], "commits": journal.commits,
             "env_steps": env_steps,
             "wall_seconds": journal.wall_seconds, "divergences": divergences,
-            "device": str(problem.device), "machine": machine(problem.threads)}
+            "device": str(problem.device), "machine": machine(problem.threads),
+            "settings": dataclasses.asdict(problem.settings)}
 
 
 def machine(threads: int) -> str:

@@ -275,8 +275,8 @@ def evaluate_saved(options) -> None:
     # Which goals: those outside the training range, the user's, or the held-out ones.
     bands = family.bands()
     if options.extrapolate and not bands:
-        raise UserError(f"{settings.task} has no goals outside its training range: --extrapolate "
-                        "goes with --task ant")
+        raise UserError(f"{settings.task} defines no goals outside its training range (bands() in "
+                        "tasks/base.py): --extrapolate goes with --task ant")
     if options.extrapolate:
         goals = np.concatenate([goals for _, goals in bands])
     elif options.goals:

@@ -5,15 +5,23 @@ A method is a module with three names:
 `train(problem, settings, state=None)`
     A generator that trains from start to end. After every collection it yields (state, metrics).
     Its last act is `problem.meta_test(Adapter(...))`, which saves the policy that it yielded last.
-    `problem` is a phases.Problem: family, tasks (n, task), device, and the callables train_experts,
-    demonstrate, rollout, meta_test. A method that never calls train_experts trains no experts.
+    `problem` is a phases.Problem: family, tasks (n, task), device, and four callables:
+        `train_experts()` -> expert, (n, B, obs), (n, task) -> (n, B, act); or None;
+        `demonstrate(expert)` -> local_policies.Demonstrations;
+        `rollout(policy, tasks, episodes)` -> arrays as of `envs.rollout`. "observations" have T + 1
+        rows and "actions" are unclipped. The expert's labels are `expert(x, tasks)` with x from
+        "observations"[:, :-1] ("states" if there are images), reshaped to (n, B, obs);
+        `meta_test(adapter)`.
+    A method that never calls train_experts trains no experts.
     `state` is {"policy": what Adapter needs, "training": what further training needs}: numbers,
-    strings, lists, dicts and tensors, copied. When `train` gets a state it must continue bit for
-    bit. Take random numbers from settings.random_streams(seed, "meta-training", collection). If
-    state["training"] is None, training is finished: go straight to meta_test.
+    strings, lists, dicts and tensors (an optimiser's state_dict will do), in copies of their own.
+    When `train` gets a state it must continue bit for bit. Take random numbers from
+    settings.random_streams(seed, "meta-training", collection). If state["training"] is None,
+    training is finished: go straight to meta_test.
     `metrics` holds "iteration" (collections so far), "progress" (share of training done, 1.0 at
     the end) and "env_steps" (the sum of episodes["mask"] so far: the method counts them). More may
-    follow: "return" and "distance" (sampled, training tasks), "divergences", see phases.COLUMNS.
+    follow: "return" and "distance" (sampled, training tasks), "divergences", see
+    checkpoints.COLUMNS.
 
 `Adapter(policy, family, settings, device)`
     Meta-test. evaluate.py gives every method the same tasks and the same number of episodes:

@@ -50,6 +50,7 @@ class TaskFamily:
 
     def __init__(self, reward: str | None = None):
         self.reward = reward or self.rewards[0]
+        self.task_low, self.task_high = np.asarray(self.task_low), np.asarray(self.task_high)
 
     @property
     def expert_family(self) -> "TaskFamily":

@@ -28,7 +28,8 @@ class GymnasiumBatch:
             env = family.make_env(render_mode)
             box = env.action_space
             if not (np.all(box.low == -1) and np.all(box.high == 1)):
-                env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+                one = box.dtype.type(1)  # of its own type, else gymnasium warns
+                env = gymnasium.wrappers.RescaleAction(env, -one, one)
             return TaskOption(env)
         self.num_envs, self.family = num_envs, family
         self.vector = gymnasium.vector.SyncVectorEnv([make] * num_envs)

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+import baselines
+import checkpoints
+import phases
 from checkpoints import load_checkpoint, save_checkpoint
-from tests.conftest import ARGUMENTS, refused, start
+from settings import Settings
+from tests.conftest import ARGUMENTS, refused, result_of, start
 from tests.test_checkpoints import EVALUATE, answer_of, timeless
 
 
@@ -199,3 +203,63 @@ def test_opengl_library_that_is_absent_stops_only_what_needs_pictures(library):
     """It is no library, or not installed. Push is refused for another reason: it would begin."""
     codes, (vision, push) = answer_of(WITHOUT_GL, library=library)
     assert codes == [2, 2] and vision.startswith("error: no OpenGL") and "use --seed" in push
+
+
+# ---------------------------------------------------------------- faults of a user's own files
+class Careless:
+    """A method by somebody else: a numpy scalar in its metrics, no expert, no adaptation."""
+    Settings, tests = Settings, True
+
+    class Adapter:
+        sequential = False
+
+        def __init__(self, policy, family, settings, device):
+            self.family = family
+
+        def begin(self, count, generator):
+            pass
+
+        def act(self, observation, last=None, explore=True):
+            return np.zeros((len(observation), self.family.action_size))
+
+        def update(self, episodes):
+            pass
+
+    @classmethod
+    def train(cls, problem, settings, state=None):
+        yield ({"policy": {"w": torch.ones(2)}, "training": None},
+               {"iteration": 1, "progress": 1.0, "env_steps": np.float64(7),
+                "return": np.float64(3.0)})
+        if cls.tests:
+            problem.meta_test(cls.Adapter({}, problem.family, settings, "cpu"))
+
+
+def test_methods_that_ask_no_expert_and_slip(tmp_path, capsys, monkeypatch):
+    """It pays for no expert, its checkpoint can be read, and a forgotten meta-test is named."""
+    monkeypatch.setattr(baselines, "load", lambda name: Careless)
+    assert start(*ARGUMENTS, "--out", tmp_path / "a") == 0
+    result = result_of(tmp_path / "a")
+    assert [result["env_steps"][phase] for phase in ("experts", "meta_training")] == [0, 7]
+    assert load_checkpoint(tmp_path / "a" / "policy.pt", "policy")["rows"][0]["return"] == 3.0
+    monkeypatch.setattr(Careless, "tests", False)
+    assert start(*ARGUMENTS, "--set=curve=0", "--out", tmp_path / "b") == 2
+    assert "error: gmps: train() ended without its last act" in capsys.readouterr().err
+
+
+def test_states_that_could_not_be_read_again_are_refused(tmp_path):
+    journal = checkpoints.Journal(tmp_path, Settings())
+    with pytest.raises(checkpoints.UserError, match="no numpy arrays"):
+        journal.save("policy.pt", "policy", {"policy": {"w": np.ones(2)}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_in_a_picture_costs_no_numbers(finished, tmp_path, capsys, monkeypatch):
+    out = shutil.copytree(finished, tmp_path / "copy")
+    (out / "result.json").unlink()
+
+    def broken(*_):
+        raise ValueError('The camera "video" does not exist.')
+    monkeypatch.setattr(phases, "draw_plot", broken)
+    assert start(*ARGUMENTS, "--out", out) == 0
+    assert "a picture is missing" in capsys.readouterr().out
+    assert result_of(out)["held_out"] == result_of(finished)["held_out"]

@@ -277,3 +277,13 @@ def test_demonstrations_that_do_not_fit_are_refused(tmp_path, change):
     assert demonstrations.mask.all() and demonstrations.mask.shape == (2, 7) and env_steps == 0
     with pytest.raises(ValueError, match="demonstrations"):
         write(FILE | change)
+
+
+def test_reward_terms_of_a_wrong_shape_are_refused(monkeypatch):
+    """(..., 1) instead of (...) would broadcast into nonsense."""
+    tasks, replay = task_set(PUSH, "train", 2), Replay(PUSH, task_set(PUSH, "train", 2), 50)
+    replay.add(rollout(BatchEnv(2), lambda *_: np.zeros((2, 3)), tasks))
+    monkeypatch.setattr(type(PUSH), "reward_terms", lambda self, outcome, action, task: {
+        "near": -np.linalg.norm(outcome[..., :2] - task, axis=-1, keepdims=True)})
+    with pytest.raises(ValueError, match=r"reward_terms\(\)\['near'\] has shape"):
+        replay.sample(np.random.default_rng(0), 1, Settings())

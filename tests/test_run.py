@@ -41,7 +41,8 @@ def no_plots(finished, monkeypatch):
 def test_result_has_the_agreed_keys(finished):
     result = result_of(finished)
     assert set(result) == {"task", "method", "seed", "commit", "commits", "env_steps", "curve",
-                           "wall_seconds", "divergences", "device", "machine", *LISTS}
+                           "wall_seconds", "divergences", "device", "machine", "settings",
+                           *LISTS}
     assert [result[key] for key in ("task", "method", "seed", "device")] == [
         "push", "gmps", 0, "cpu"]
     assert re.fullmatch("unknown|[0-9a-f]{40}(-dirty)?", result["commit"])

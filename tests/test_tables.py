@@ -92,3 +92,9 @@ def test_missing_results_are_refused(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: no results/push/gmps") and error.count("\n") == 1
     assert all((tmp_path / page).read_text() == text for page in tables.PAGES)
+
+
+def test_a_marker_without_an_end_is_refused_and_nothing_is_lost():
+    text = "<!-- TABLE door/gmps -->\nmine\n<!-- SUMMARY -->\n<!-- end -->\n"
+    with pytest.raises(tables.UserError, match="no \"<!-- end -->\""):
+        tables.fill(text)

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from checkpoints import write_atomically
 from envs import make_batch
-from evaluate import band_means, by_round, mean_of
+from evaluate import band_means, by_round, mean_of, update_word
 from tasks.rendering import NoOpenGL
 
 
@@ -86,12 +86,11 @@ def draw_adaptation(family, lists, axis) -> None:
 
     One run has no interval: its tasks share one trained policy.
     """
-    _, factor, _ = family.table
-    unit = "degrees" if family.task_unit == "rad" else family.task_unit
+    column, factor, _ = family.table
     for name, label, color in (("held_out", "mean action", "tab:blue"),
                                ("held_out_sampled", "sampled actions", "tab:cyan")):
         rounds = by_round(lists[name])
-        steps = [entries[0]["gradient_steps"] for entries in rounds]
+        steps = range(len(rounds))
         values = factor * np.array([[entry["final_distance"] for entry in entries]
                                     for entries in rounds])
         if name == "held_out":
@@ -102,10 +101,8 @@ def draw_adaptation(family, lists, axis) -> None:
         if lists.get(name):
             level = factor * mean_of(lists[name], "final_distance")
             axis.axhline(level, color="black", linestyle=style, label=label)
-    title, what = (("final angle error", "angles") if family.task_unit == "rad"
-                   else ("final distance to goal", "goals"))
-    axis.set(title=f"adaptation to {len(values[0])} held-out {what} (thin: each)",
-             xlabel="gradient steps", ylabel=f"{title} ({unit})", ylim=(0, None))
+    axis.set(title=f"adaptation to {len(values[0])} held-out tasks (thin: each)",
+             xlabel=f"{update_word(lists)}s", ylabel=column, ylim=(0, None))
     axis.locator_params(axis="x", integer=True)
     axis.legend()
 
@@ -121,7 +118,8 @@ def draw_film(out: Path, family, stages: dict, tasks: np.ndarray) -> None:
     try:
         for k, adapter in stages.items():
             frames = film(env, partial(adapter.act, explore=False), tasks)
-            label = f"after {k} gradient steps" if k else "before adaptation"
+            what = "rounds" if adapter.sequential else "gradient steps"
+            label = f"after {k} {what}" if k else "before adaptation"
             sides.append(np.array([labelled(frame[::2, ::2], label) for frame in frames]))
     except NoOpenGL as error:
         print(f"no video: {error}")

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
 from checkpoints import UserError, write_atomically
-from evaluate import LEVELS, by_round, closing_counts, closing_table, mean_of
+from evaluate import LEVELS, by_round, closing_counts, closing_table, mean_of, update_word
 from tasks import TASKS, load
 from tools.intervals import spread
 
@@ -67,8 +67,7 @@ def table(task: str, results: list[dict]) -> str:
         return [label, spread(returns, 0), spread(factor * distances, digits),
                 f"{100 * success.mean():.0f}%", family.published.get(name, "")]
 
-    gradient = by_round(results[0]["held_out"])[1][0]["gradient_steps"] == 1
-    what = "gradient step" if gradient else "round"
+    what = update_word(results[0])
     seeds = f"{len(results)} seed{'s' * (len(results) > 1)}"
     rows = [[seeds, "return", column, "success", "published"],
             row("before adaptation (pre-update policy)", "held_out", 0)]
@@ -91,7 +90,7 @@ def summary(folder: Path) -> str:
              "wall time"]]
     for task in TASKS:
         column, factor, digits = load(task).table
-        unit = re.search(r"\((.*)\)", column)[1]
+        unit = "".join(re.findall(r"\((.*)\)", column)) or column
         methods = sorted({file.parent.parent.name for file in
                           (folder / "results" / task).glob("*/seed*/result.json")})
         for method in methods:
@@ -126,10 +125,13 @@ def fill(text: str, folder: Path = HERE) -> str:
             body = table(name.split("/")[0], results(folder, f"{name}/seed*"))
         else:
             body = closing(results(folder, name)[0])
-        return f"{match[1]}{body}{match[4]}"
+        return f"{match[1]}{body}\n{match[4]}"
 
-    return re.sub(r"(<!-- (SUMMARY|TABLE|CLOSING) ?([\w/-]*) -->\n).*?(\n<!-- end -->)", filled,
-                  text, flags=re.DOTALL)
+    # Up to the next "<!-- end -->", and never over another marker.
+    marked = r"(<!-- (SUMMARY|TABLE|CLOSING) ?([\w/-]*) -->\n)(?:(?!<!-- ).*\n)*?(<!-- end -->)"
+    if len(re.findall(marked, text)) != len(re.findall(r"<!-- (?:SUMMARY|TABLE|CLOSING)", text)):
+        raise UserError('a marker of a table has no "<!-- end -->" of its own')
+    return re.sub(marked, filled, text)
 
 
 def main(folder: Path = HERE) -> int:
