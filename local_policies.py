@@ -376,7 +376,7 @@ def load_demonstrations(file, family) -> tuple[np.ndarray, Demonstrations, int]:
             raise ValueError(f"demonstrations lack {sorted(missing)}")
         arrays = {name: data[name] for name in needed}
         mask = data["mask"] if "mask" in data.files else None
-        env_steps = int(data["env_steps"]) if "env_steps" in data.files else 0
+        env_steps = data["env_steps"] if "env_steps" in data.files else np.array(0)
     n, M = arrays["observations"].shape[:2] if arrays["observations"].ndim == 3 else (0, 0)
     wanted = {"tasks": (n, family.task_size), "observations": (n, M, family.observation_size),
               "actions": (n, M, family.action_size), "images": (n, M, *(family.image_shape or ()))}
@@ -393,7 +393,7 @@ def load_demonstrations(file, family) -> tuple[np.ndarray, Demonstrations, int]:
                          "environment does")
     if family.image_shape and arrays["images"].dtype != np.uint8:
         raise ValueError(f"demonstrations: images have type {arrays['images'].dtype}, not uint8")
-    if mask is not None and mask.dtype != bool:
-        raise ValueError("demonstrations: mask must be of type bool")
+    if mask is not None and mask.dtype != bool or env_steps.size != 1:
+        raise ValueError("demonstrations: mask must be of type bool, env_steps one number")
     tasks = arrays.pop("tasks")
-    return tasks, Demonstrations(**arrays, mask=mask), env_steps
+    return tasks, Demonstrations(**arrays, mask=mask), int(env_steps)
