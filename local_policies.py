@@ -127,12 +127,12 @@ class Replay:
 
 def expert_input(family, observation: np.ndarray, task: np.ndarray | None = None) -> torch.Tensor:
     """Network input (..., obs [+ task]) in units of about one."""
-    scaled = (observation - family.observation_centre) / family.observation_scale
-    if task is not None:
-        centre = 0.5 * (family.task_low + family.task_high)
-        half = 0.5 * (family.task_high - family.task_low)
-        scaled = np.concatenate([scaled, (task - centre) / half], axis=-1)
-    return torch.as_tensor(scaled, dtype=torch.float32)
+    x = normalised(family, observation)
+    if task is None:
+        return x
+    centre = 0.5 * (family.task_low + family.task_high)
+    half = 0.5 * (family.task_high - family.task_low)
+    return torch.cat([x, torch.as_tensor((task - centre) / half, dtype=torch.float32)], dim=-1)
 
 
 # ---------------------------------------------------------------- step 1: experts
