@@ -20,6 +20,13 @@ Params = dict[str, torch.Tensor]
 
 
 # ---------------------------------------------------------------- parameters
+def uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator,
+            dtype: torch.dtype) -> torch.Tensor:
+    """Initial weights as torch.nn draws them: uniform within 1 / sqrt(fan_in) of 0."""
+    unit = torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1
+    return unit * (1.0 / math.sqrt(fan_in))
+
+
 def init_policy(family, settings: Settings, generator: torch.Generator,
                 dtype: torch.dtype = torch.float32) -> Params:
     """theta: MLP, z and log-std; convolutions too where the family has images.
@@ -30,10 +37,8 @@ def init_policy(family, settings: Settings, generator: torch.Generator,
     sizes = [inputs + settings.bias_vector, settings.hidden, settings.hidden, family.action_size]
     theta = init_convolutions(generator, dtype) if family.image_shape else {}
     for layer, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:]), start=1):
-        bound = 1.0 / math.sqrt(fan_in)
         for name, rows in (("w", fan_in), ("b", 1)):
-            unit = torch.rand(rows, fan_out, generator=generator, dtype=dtype) * 2 - 1
-            theta[f"{name}{layer}"] = unit * bound
+            theta[f"{name}{layer}"] = uniform((rows, fan_out), fan_in, generator, dtype)
     theta["z"] = torch.zeros(1, settings.bias_vector, dtype=dtype)
     theta["log_std"] = torch.full((1, family.action_size), math.log(settings.init_std), dtype=dtype)
     return theta
@@ -181,10 +186,9 @@ def init_convolutions(generator: torch.Generator, dtype: torch.dtype = torch.flo
     """
     theta = {}
     for layer, (channels, kernel, _) in enumerate(CONVOLUTIONS, start=1):
-        bound = 1.0 / math.sqrt(channels * kernel * kernel)
         for name, shape in (("w", (FILTERS, channels, kernel, kernel)), ("b", (FILTERS,))):
-            unit = torch.rand(shape, generator=generator, dtype=dtype) * 2 - 1
-            theta[f"conv{layer}_{name}"] = unit * bound
+            theta[f"conv{layer}_{name}"] = uniform(shape, channels * kernel * kernel, generator,
+                                                   dtype)
     del theta[f"conv{layer}_b"]
     return theta
 

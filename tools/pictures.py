@@ -56,7 +56,7 @@ def draw_meta_training(rows, settings, axis) -> None:
     stands at the env steps of its own moment.
     """
     ends = [row["env_steps"] for row in rows]
-    starts = [0, *ends[:-1]]
+    starts, lowest = [0, *ends[:-1]], None
     if "adapted_return" in rows[0]:
         curves = (("return", "before adaptation (step 3a)", starts),
                   ("adapted_return", "adapted (step 3c)", ends))
@@ -64,7 +64,7 @@ def draw_meta_training(rows, settings, axis) -> None:
                  ylabel="return per episode")
     elif "imitation_0" in rows[0]:
         steps = settings.inner_steps
-        own = " (its own tasks)" if settings.pre_update_tasks else ""
+        own, lowest = " (its own tasks)" if settings.pre_update_tasks else "", 0
         curves = (("imitation_0", f"before adaptation{own}", ends),
                   (f"imitation_{steps}", f"after inner step {steps}", ends))
         axis.set(title="meta-training, last meta-step of each collection",
@@ -75,8 +75,8 @@ def draw_meta_training(rows, settings, axis) -> None:
     for (key, label, x), color in zip(curves, ("tab:orange", "tab:blue")):
         axis.plot(x, [row[key] for row in rows], color=color, label=label)
     axis.set(xlabel="environment steps")
-    if "adapted_return" not in rows[0] and "imitation_0" in rows[0]:
-        axis.set_ylim(bottom=0)  # after the curves, else it would be 1 at the top
+    if lowest is not None:
+        axis.set_ylim(bottom=lowest)  # after the curves, else it would be 1 at the top
     axis.locator_params(axis="x", nbins=5)
     axis.legend()
 
