@@ -5,10 +5,43 @@ al. 2016, arXiv 1506.02438); the linear baseline of Duan et al. 2016 ("Benchmark
 Reinforcement Learning for Continuous Control"), as in the authors' release of GMPS.
 Letters in shapes: n tasks, K episodes per task, T steps, B samples per task.
 """
+import numpy as np
 import torch
 
-from policy import Params, log_prob, normalised
 from settings import Settings
+
+
+# ---------------------------------------------------------------- which episodes
+def for_all_tasks(explored: dict, episodes: dict, family, tasks: np.ndarray) -> dict:
+    """Explored episodes (1, P, T, ...) with the rewards (n, P, T) of all tasks (n, task).
+
+    `episodes` are the same ones as `envs.rollout` returned them.
+    """
+    n = len(tasks)
+    outcomes, actions = (np.broadcast_to(episodes[name], (n, *episodes[name].shape))
+                         for name in ("outcomes", "actions"))
+    rewards = torch.as_tensor(family.rewards_of(outcomes, actions, tasks[:, None, None]))
+    return explored | {"reward": rewards.to(explored["mask"]) * explored["mask"]}
+
+
+def draw_episodes(stored: dict, some: np.ndarray, K: int, generator: np.random.Generator) -> dict:
+    """K random episodes of each task in `some` (m,): (n or 1, P, T, ...) -> (m, K, T, ...).
+
+    All of them, in order, where no more than K are stored. A leading 1: all tasks share them.
+    """
+    P = stored["mask"].shape[1]
+    chosen = np.tile(np.arange(P), (len(some), 1))
+    if P > K:
+        chosen = generator.permuted(chosen, axis=1)[:, :K]
+    task, episode = torch.as_tensor(some)[:, None], torch.as_tensor(chosen)
+    return {name: value[task if len(value) > 1 else 0 * task, episode]
+            for name, value in stored.items()}
+
+
+# ---------------------------------------------------------------- advantages
+def baseline_products(family, settings: Settings) -> list[int]:
+    """Entries of the observation whose products the baseline sees; [release] none."""
+    return list(family.baseline_products) if settings.baseline == "products" else []
 
 
 def linear_baseline(observation: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
@@ -62,15 +95,15 @@ def advantages(observation: torch.Tensor, reward: torch.Tensor, mask: torch.Tens
 
 
 @torch.no_grad()
-def policy_gradient_batch(episodes: dict, phi: Params, family, settings: Settings,
-                          scale: float | None = None) -> tuple[dict, float | None]:
-    """The batch of an inner step from the episodes that phi explored, and its advantages' scale.
+def policy_gradient_batch(episodes: dict, products: list[int], settings: Settings,
+                          scale: float | None = None,
+                          device="cpu") -> tuple[dict, float | None]:
+    """The batch of an inner step from explored episodes, and its advantages' scale.
 
-    `episodes`: those of `envs.rollout`, with "features" (policy.Actor.with_features). The batch is
-    a dict of (n, B, ...), B = K * T: "features"; "action" before the environment clips it;
-    "advantage"; "mask"; "behaviour_log_prob", that of the actions under phi. With
-    settings.inner_every = m it holds every m-th step only: with correlated noise, neighbouring
-    steps are nearly alike.
+    `episodes`: tensors (n, K, T, ...) of `policy.Actor.explored`; `products`: see
+    `linear_baseline`. The batch is a dict of (n, B, ...), B = K * T: "features", "action",
+    "behaviour_log_prob" and "mask" as they are, and "advantage". With settings.inner_every = m it
+    holds every m-th step only: with correlated noise, neighbouring steps are nearly alike.
 
     One constant divides the advantages of all tasks: `scale` or, if that is None, this batch's root
     mean square. The release divides by each task's own deviation. Near the goal rewards hardly
@@ -78,26 +111,16 @@ def policy_gradient_batch(episodes: dict, phi: Params, family, settings: Setting
     does as the release, for families whose rewards differ in size from task to task. A common scale
     is returned as None while all advantages are zero.
     """
-    n, dtype, device = len(phi["z"]), phi["z"].dtype, phi["z"].device
-
-    def by_task(x):
-        """(n * K, T, ...) -> (n, K, T, ...)."""
-        return torch.as_tensor(x, dtype=dtype).to(device).view(n, -1, *x.shape[1:])
-
-    observation = by_task(normalised(family, episodes["observations"][:, :-1], dtype))
-    mask = by_task(episodes["mask"])
-    advantage = advantages(observation, by_task(episodes["rewards"]), mask,
-                           family.baseline_products, settings)
+    episodes = {name: value.to(device) for name, value in episodes.items()}
+    mask = episodes["mask"]
+    advantage = advantages(episodes["observation"], episodes["reward"], mask, products, settings)
     if settings.advantage_scale == "per task":
         own = advantage.square().sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
         scale, advantage = 1.0, advantage / own.sqrt().clamp(min=1e-6)
     if scale is None:
         size = float((advantage.square().sum() / mask.sum()).sqrt())
         scale = size if size >= 1e-8 else None
-    batch = {"features": episodes["features"].to(device),
-             "action": by_task(episodes["actions"]),
-             "advantage": advantage / (scale or 1.0), "mask": mask}
-    batch = {name: value[:, :, ::settings.inner_every].flatten(1, 2)
-             for name, value in batch.items()}
-    batch["behaviour_log_prob"] = log_prob(phi, batch["features"], batch["action"], settings)
-    return batch, scale
+    batch = {name: episodes[name] for name in ("features", "action", "behaviour_log_prob", "mask")}
+    batch["advantage"] = advantage / (scale or 1.0)
+    return {name: value[:, :, ::settings.inner_every].flatten(1, 2)
+            for name, value in batch.items()}, scale

@@ -1,4 +1,4 @@
-"""Environments stepped as a batch, rollouts, and the fixed sets of tasks.
+"""Environments stepped as a batch, and rollouts.
 
 A task family (tasks/) says what differs between robots and between tasks. `BatchEnv` is the physics
 and gymnasium's vector API, written once for B MuJoCo environments: one call to `mujoco.rollout`
@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from loky import cpu_count
 
-from tasks import TASKS, load
+from tasks import TASKS, make_family
 from tasks.base import GymnasiumFamily, MujocoFamily, TaskFamily, task_of_each
 from tasks.gymnasium_batch import GymnasiumBatch
 from tasks.rendering import Camera, Rollout, mujoco, open_renderer
@@ -25,47 +25,6 @@ from tasks.rendering import Camera, Rollout, mujoco, open_renderer
 FULL = int(mujoco.mjtState.mjSTATE_FULLPHYSICS)  # time, positions, velocities, activations
 # Episodes start at this time, since MuJoCo resets a diverged state to time 0: `_simulate` sees it.
 START_TIME = 1.0
-
-
-# ---------------------------------------------------------------- families and their tasks
-TASK_SEEDS = {"validation": 202, "held_out": 303}
-
-
-def make_family(name: str, reward: str | None = None) -> TaskFamily:
-    """The family of that name, with that reward or its usual one.
-
-    ValueError for an unknown name or reward, or a family that lacks part of its contract.
-    """
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
-    family = load(name)
-    kinds = [kind for kind in (TaskFamily, MujocoFamily, GymnasiumFamily)
-             if issubclass(family, kind)]
-    if len(kinds) < 2:
-        raise ValueError(f"{family.__name__} must be a MujocoFamily or a GymnasiumFamily")
-    missing = [key for kind in kinds for key in vars(kind).get("__annotations__", ())
-               if not hasattr(family, key)] + sorted(family.__abstractmethods__)
-    if MujocoFamily in kinds and not family.outcome_size:
-        missing.append("outcome_size")
-    if family.outcome_size and family.reward_terms is TaskFamily.reward_terms:
-        missing.append("reward_terms")
-    if missing:
-        raise ValueError(f"{family.__name__} lacks {', '.join(missing)}: see tasks/base.py")
-    if reward not in (None, *family.rewards):
-        offered = " or ".join(family.rewards)
-        raise ValueError(f"{name} has no {reward} reward: choose {offered}")
-    return family(reward)
-
-
-def task_set(family: TaskFamily, split: str, count: int) -> np.ndarray:
-    """(count, task_size) tasks of `split` "train", "validation" or "held_out".
-
-    The splits are fixed: the same for every run's seed. Validation and held-out tasks are random
-    draws from streams of their own. Tuning looks at validation tasks only.
-    """
-    if split == "train":
-        return family.training_tasks(count)
-    return family.sample_tasks(np.random.default_rng(TASK_SEEDS[split]), count)
 
 
 # ---------------------------------------------------------------- physics for a batch
@@ -77,14 +36,14 @@ class BatchEnv(gymnasium.vector.VectorEnv):
     random task. Results depend neither on `threads` nor on B: every environment is integrated from
     its own full state, without warm start of the solver. An environment whose simulator diverges
     keeps its last good state, ends with a finite reward and `terminated` true, and is counted in
-    `divergences`. The others go on.
+    `divergences`. The others go on. `start_noise`: add the family's noise to start states.
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20,
                 "autoreset_mode": AutoresetMode.NEXT_STEP}
 
     def __init__(self, num_envs: int = 1, family: str | MujocoFamily = "push",
                  threads: int | None = None, render_mode: str | None = None,
-                 reward: str | None = None):
+                 reward: str | None = None, start_noise: bool = False):
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, not {num_envs}")
         if render_mode not in (None, "rgb_array"):
@@ -92,6 +51,9 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         self.family = make_family(family, reward) if isinstance(family, str) else family
         if not isinstance(self.family, MujocoFamily):
             raise ValueError(f"{self.family.name} is no MuJoCo family: use its make_env()")
+        if start_noise and self.family.start_noise is None:
+            raise ValueError(f"{self.family.name} has no start_noise: leave it out")
+        self._noise = self.family.start_noise if start_noise else None
         # What gymnasium asks of a vector environment
         self.num_envs, self.render_mode = num_envs, render_mode
         batch_space = gymnasium.vector.utils.batch_space
@@ -102,6 +64,8 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         # Model, cameras, and the one start state
         self.model = mujoco.MjModel.from_xml_string(self.family.xml())
+        self._sensing = mujoco.MjModel.from_xml_string(self.family.xml())
+        self._sensing.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
         self._renderer = None
         self._camera = Camera(self.family) if self.family.image_shape else None
         start = self.family.start(self.model)
@@ -114,10 +78,9 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         threads = min(threads or cpu_count(), num_envs)
         self._rollout = Rollout(nthread=threads if threads > 1 else 0)
         self._workers = [mujoco.MjData(self.model) for _ in range(threads)]
-        self._models = [self.model] * num_envs
         shape = (num_envs, self.family.frame_skip)
         self._trace = np.empty((*shape, self._start_state.size))
-        self._sensor_trace = np.empty((*shape, self._start_sensors.size))
+        self._sensor_trace = np.empty((num_envs, 1, self._start_sensors.size))
         self._control_trace = np.empty((*shape, self._start_control.size))
         # The state of every environment
         self.state = np.tile(self._start_state, (num_envs, 1))
@@ -155,6 +118,14 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         self.state[which], self.control[which] = self._start_state, self._start_control
         self.sensors[which] = self._start_sensors
         self.steps[which], self._finished[which] = 0, False
+        if self._noise is not None:
+            sizes = np.repeat([0.0, *self._noise, 0.0], [1, self.model.nq, self.model.nv,
+                                                         self.model.na])
+            states = self._start_state + sizes * self.np_random.standard_normal(self.state.shape)
+            for state in states:
+                mujoco.mj_normalizeQuat(self.model, state[1:1 + self.model.nq])
+            self.state[which] = states[which]
+            self.sensors[which] = self._sense(self.state, self.control)[which]
 
     def step(self, actions: np.ndarray):
         """One step of every environment: actions (B, act), clipped to [-1, 1]."""
@@ -192,11 +163,9 @@ class BatchEnv(gymnasium.vector.VectorEnv):
             return np.zeros(self.num_envs, bool)
         control = self.family.next_control(self.control, actions)
         self._control_trace[:] = control[:, None]
-        self._rollout.rollout(
-            self._models, self._workers, self.state, self._control_trace,
-            control_spec=self.family.control_spec, skip_checks=True,
-            nstep=self.family.frame_skip, state=self._trace, sensordata=self._sensor_trace)
-        state, sensors = self._trace[:, -1], self._sensor_trace[:, -1]
+        self._advance(self.model, self.state, self._control_trace, state=self._trace)
+        state = self._trace[:, -1].copy()
+        sensors = self._sense(state, control)
         # On a warning such as BADQACC, MuJoCo resets the state, time included, and stops.
         timestep = self.model.opt.timestep
         expected_time = self.state[:, 0] + self.family.frame_skip * timestep
@@ -206,6 +175,20 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         self.state[which], self.sensors[which] = state[which], sensors[which]
         self.control[which] = control[which]
         return ~good
+
+    def _sense(self, state, control):
+        """Sensor readings (B, sensors) in states (B, state).
+
+        `mujoco.rollout` reads sensors at the start of its last step. So we take one step more and
+        keep its readings alone. One of Euler is enough: it costs a quarter of one of RK4.
+        """
+        self._advance(self._sensing, state, control[:, None], sensordata=self._sensor_trace)
+        return self._sensor_trace[:, 0]
+
+    def _advance(self, model, start, controls, **outputs):
+        self._rollout.rollout([model] * self.num_envs, self._workers, start, controls,
+                              control_spec=self.family.control_spec, skip_checks=True,
+                              nstep=controls.shape[1], **outputs)
 
     def _info(self, actions):
         distance = self.family.distance(self._outcome, self.tasks)
@@ -270,8 +253,8 @@ class SingleEnv(gymnasium.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
     def __init__(self, family: str | MujocoFamily = "push", render_mode: str | None = None,
-                 reward: str | None = None):
-        self.batch = BatchEnv(1, family, 1, render_mode, reward)
+                 reward: str | None = None, start_noise: bool = False):
+        self.batch = BatchEnv(1, family, 1, render_mode, reward, start_noise)
         self.render_mode, self.model = render_mode, self.batch.model
         self.observation_space = self.batch.single_observation_space
         self.action_space = self.batch.single_action_space

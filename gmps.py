@@ -15,18 +15,17 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from advantages import policy_gradient_batch
+from advantages import baseline_products, draw_episodes, for_all_tasks, policy_gradient_batch
 from policy import (
     Actor,
     Params,
     detached,
-    explore,
-    features,
-    init_policy,
+    imitate,
+    imitation_loss,
     is_convolution,
     log_prob,
-    mean_action,
     per_task,
+    set_rates,
 )
 from settings import Settings, random_streams
 
@@ -47,15 +46,15 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
     # 3. Repeat, with theta_0 <- theta:
     while learner.begin_collection():
         # 3a. D_i: K episodes of pi_theta_0 on each task (further inner steps: K of pi_phi each).
-        batches = collect(learner, problem)
+        collected = collect(learner, problem)
         # 3b. Many meta-steps on the same D_i, each on some of the tasks.
         for _ in range(settings.meta_steps):
-            meta_batch, labels = learner.sample(batches, demonstrations)
+            meta_batch, labels = learner.sample(collected, demonstrations)
             phis = adapt(theta, alpha, meta_batch, settings)        # inner: theta -> phi_i on D_i
             loss, info = outer_loss(theta, phis, labels, settings)  # outer: phi_i imitates D*_i
             learner.minimise(loss, info)                            # Adam on theta and alpha
         # 3c. Roll out pi_phi_i, label the visited states with pi*_i, add them to D*_i.
-        aggregate(learner, problem, batches, demonstrations, experts)
+        aggregate(learner, problem, collected, demonstrations, experts)
         yield learner.state(), learner.metrics()
     # Meta-test. On each new task, in rounds: K episodes of pi_phi, then an inner step on their
     # rewards (`Adapter.update`). No expert is asked.
@@ -64,17 +63,32 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
 
 # ---------------------------------------------------------------- 3a: rollouts for the inner steps
 def collect(learner: "MetaLearner", problem) -> list[dict]:
-    """Step 3a: D_i of all tasks, one batch for each inner step.
+    """Step 3a: D_i of all tasks for each inner step, tensors (n, episodes, T, ...).
 
-    Batch 0 is from pi_theta_0: its "behaviour_log_prob" is all that must be kept of theta_0. With
-    several inner steps [ours], batch k is from the policies after k of them.
+    The first are from pi_theta_0: their "behaviour_log_prob" is all that must be kept of theta_0.
+    With several inner steps [ours], the next are from the policies after one of them, and so on.
+
+    [ours] With `shared_episodes` all tasks share the first ones. pi_theta_0 is the same on every
+    task, and so are the dynamics. A task decides about rewards alone, and meta-training knows how.
     """
-    settings, batches = learner.settings, []
-    for _ in range(settings.inner_steps):
-        phi = current_phi(learner, batches)
-        episodes = explore(phi, problem, settings, settings.episodes, learner.generator)
-        batches.append(learner.batch(len(batches), episodes, phi))
-    return batches
+    settings, family, collected = learner.settings, problem.family, []
+    for k in range(settings.inner_steps):
+        shared = settings.shared_episodes if k == 0 and family.outcome_size else 0
+        if shared:
+            phi = per_task(detached(learner.theta), 1)
+            tasks, count = np.resize(problem.tasks, (shared, family.task_size)), 1
+        else:
+            phi, tasks = learner.current_phi(collected), problem.tasks
+            count = settings.later_episodes if k else settings.episodes
+        actor = Actor(phi, family, settings, learner.generator)
+        episodes = problem.rollout(actor, tasks, count)
+        learner.count("" if k == 0 else None, episodes)
+        explored = actor.explored(episodes)
+        if shared:
+            explored = for_all_tasks(explored, episodes, family, problem.tasks)
+        collected.append(learner.remember(k, explored))
+    learner.batches(collected, np.arange(learner.n))  # fixes the scales by all tasks
+    return collected
 
 
 # ---------------------------------------------------------------- 3b, inner: a policy gradient step
@@ -82,14 +96,16 @@ def init_step_sizes(theta: Params, settings: Settings) -> Params:
     """alpha: a step size for every element of theta, (S, *shape).
 
     S is 1 if all inner steps share one alpha, else settings.inner_steps. Convolutions do not adapt
-    [release]. Log-std does not adapt either [ours]: its step size stays 0. The outer loss sees mean
-    actions only, so nothing would stop adaptation from raising the noise. theta's log-std itself
-    is meta-learned.
+    [release]. Nor does log-std, with adapt_std "no" [ours]: its step size stays 0. The outer loss
+    sees mean actions only, so nothing would stop adaptation from raising the noise. theta's log-std
+    itself is meta-learned.
     """
     steps = settings.inner_steps if settings.step_sizes == "per step" else 1
     alpha = {name: torch.full_like(value, settings.init_step_size).repeat(steps, 1, 1)
              for name, value in theta.items() if not is_convolution(name)}
-    return alpha | {"log_std": torch.zeros_like(alpha["log_std"])}
+    if settings.adapt_std == "no":
+        alpha["log_std"] = torch.zeros_like(alpha["log_std"])
+    return alpha
 
 
 def step_sizes(alpha: Params, k: int, settings: Settings) -> Params:
@@ -97,10 +113,10 @@ def step_sizes(alpha: Params, k: int, settings: Settings) -> Params:
 
     Full steps overshoot there. "shrinking": each step size is a quarter of the one before.
     "climbing": each is 0.4 of alpha, with negative entries set to 0. These go against the reward's
-    gradient, which can help in trained steps only.
+    gradient, which can help in trained steps only. "full": as the last trained one [release].
     """
     later = k + 1 - settings.inner_steps
-    if later <= 0:
+    if later <= 0 or settings.later_steps == "full":
         return {name: value[min(k, len(value) - 1)] for name, value in alpha.items()}
     if settings.later_steps == "climbing":
         return {name: (0.4 * value[-1]).clamp(min=0) for name, value in alpha.items()}
@@ -150,31 +166,7 @@ def adapt(theta: Params, alpha: Params, batches: list[dict], settings: Settings,
     return phis
 
 
-def current_phi(learner: "MetaLearner", batches: list[dict]) -> Params:
-    """phi after one inner step per batch, as plain numbers: for rollouts."""
-    return detached(adapt(learner.theta, learner.alpha, batches, learner.settings,
-                          first_order=True, n=learner.n)[-1])
-
-
 # ---------------------------------------------------------------- 3b, outer: imitate the expert
-def leaky_clip(action: torch.Tensor) -> torch.Tensor:
-    """Actions clipped to [-1, 1], as the environment executes them, but with slope 0.1 outside.
-
-    Without the slope, a mean outside the range would get no gradient.
-    """
-    inside = action.clamp(-1.0, 1.0)
-    return inside + 0.1 * (action - inside)
-
-
-def imitation_loss(phi: Params, x: torch.Tensor, expert_action: torch.Tensor) -> torch.Tensor:
-    """mean_i mean_s || mean of pi_phi_i(s) - a* ||^2, for x (n, B, F), expert_action (n, B, act).
-
-    The mean is clipped first [ours]. Most expert actions are at full speed, 1, and the environment
-    executes a mean of 1.2 as 1.
-    """
-    return (leaky_clip(mean_action(phi, x)) - expert_action).square().sum(-1).mean()
-
-
 def outer_loss(theta: Params, phis: list[Params], labels: dict,
                settings: Settings) -> tuple[torch.Tensor, dict]:
     """The meta-objective: imitation after adaptation, averaged over phi_1, phi_2, ... [ours].
@@ -183,16 +175,16 @@ def outer_loss(theta: Params, phis: list[Params], labels: dict,
     added with a weight: the paper's objective has no gradient that improves what theta's episodes
     visit. phi_0 imitates the same labels or, if given, those of "pre_update" (other tasks).
     """
-    losses = [imitation_loss(phi, *labels["adapted"]) for phi in phis]
+    losses = [imitation_loss(phi, *labels["adapted"], settings) for phi in phis]
     if "pre_update" in labels:
         x, expert_action = labels["pre_update"]
-        losses[0] = imitation_loss(per_task(theta, len(x)), x, expert_action)
+        losses[0] = imitation_loss(per_task(theta, len(x)), x, expert_action, settings)
     loss = sum(losses[1:]) / (len(phis) - 1) + settings.pre_update_imitation * losses[0]
     return loss, {f"imitation_{k}": value.detach() for k, value in enumerate(losses)}
 
 
 # ---------------------------------------------------------------- 3c: aggregation
-def aggregate(learner: "MetaLearner", problem, batches, demonstrations, experts) -> None:
+def aggregate(learner: "MetaLearner", problem, collected, demonstrations, experts) -> None:
     """Step 3c: roll out pi_phi_i, label the visited states with pi*_i, add them to D*_i.
 
     phi_i is adapted from the new theta on the same D_i. Without an expert, D*_i stays as it is.
@@ -200,51 +192,22 @@ def aggregate(learner: "MetaLearner", problem, batches, demonstrations, experts)
     settings = learner.settings
     if experts is None or settings.aggregation_episodes == 0:
         return
-    episodes = explore(current_phi(learner, batches), problem, settings,
-                       settings.aggregation_episodes, learner.generator)
+    actor = Actor(learner.current_phi(collected), problem.family, settings, learner.generator)
+    episodes = problem.rollout(actor, problem.tasks, settings.aggregation_episodes)
     learner.count("adapted_", episodes)
     demonstrations.add_visited(episodes, experts, problem.tasks)
 
 
-# ---------------------------------------------------------------- where meta-training starts
-def imitate(family, demonstrations, settings: Settings, device="cpu", last: int = 0) -> Params:
-    """theta of one policy that imitates all experts at once, without adaptation.
-
-    It is the reference "no_adaptation". Meta-training starts from such a policy [ours]: a random
-    one's rewards say little about the goal. `last` > 0: imitate only the last `last` experts.
-    """
-    rng, generator = random_streams(settings.seed, "imitation", 0)
-    theta = {name: value.to(device).requires_grad_()
-             for name, value in init_policy(family, settings, generator).items()}
-    optimiser = torch.optim.Adam(theta.values(), lr=settings.learning_rate)
-    n = len(demonstrations.actions)
-    tasks = np.arange(n - last if last else 0, n)
-    count = settings.imitation_batch * n // len(tasks)  # as many labels for few tasks as for all
-    for step in range(settings.imitation_steps):
-        set_rates(optimiser, [settings.learning_rate], step / settings.imitation_steps, final=0.0)
-        observation, action, *image = demonstrations.sample(family, rng, tasks, count, device)
-        x = features(theta, observation, *image)
-        loss = imitation_loss(per_task(theta, len(tasks)), x, action)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return detached(theta)
-
-
-def set_rates(optimiser, rates: list[float], progress: float, final: float = 0.1) -> None:
-    """Learning rates fall linearly to `final` of their start as `progress` goes from 0 to 1."""
-    for group, rate in zip(optimiser.param_groups, rates):
-        group["lr"] = rate * (1.0 - (1.0 - final) * progress)
-
-
+# ---------------------------------------------------------------- what meta-training updates
 class MetaLearner:
     """What `train` updates: theta, alpha, Adam, advantage scales; and random streams, counts."""
 
     def __init__(self, problem, demonstrations, settings: Settings, state: dict | None = None):
         self.family, self.settings, self.demonstrations = problem.family, settings, demonstrations
         self.device, self.n = problem.device, len(problem.tasks)
+        self.products = baseline_products(problem.family, settings)
         self.given = demonstrations.actions.shape[1]  # labelled states per task before step 3c
-        self.scales, self.collection, self.env_steps = [], 0, 0
+        self.scales, self.collection, self.env_steps, self.memory = [], 0, 0, []
         pre_update = min(settings.pre_update_tasks, self.n)
         self.pre_update_tasks = np.arange(self.n - pre_update, self.n)
         if state is None:
@@ -260,13 +223,14 @@ class MetaLearner:
         self.theta, self.alpha = (
             {name: value.to(self.device).requires_grad_() for name, value in detached(part).items()}
             for part in (theta, alpha))
-        self.alpha["log_std"].requires_grad_(False)  # see init_step_sizes
+        self.alpha["log_std"].requires_grad_(settings.adapt_std == "yes")
         self.optimiser = torch.optim.Adam([{"params": list(self.theta.values())},
                                            {"params": list(self.alpha.values())}])
         training = None if state is None else state["training"]
         if training is not None:
             self.optimiser.load_state_dict(copy.deepcopy(training["optimiser"]))
             self.collection, self.env_steps = training["collection"], training["env_steps"]
+            self.memory = copy.deepcopy(training["memory"])
             demonstrations.add(*(part.numpy() for part in training["aggregated"]))
         elif state is not None:  # the state of a finished run
             self.collection = settings.collections
@@ -283,13 +247,34 @@ class MetaLearner:
         self.meta_step, self.row = 0, {"divergences": 0}
         return True
 
-    def batch(self, k: int, episodes: dict, phi: Params) -> dict:
-        """The batch of inner step k. Its first non-zero advantages fix its scale for the run."""
-        fixed = self.scales[k] if k < len(self.scales) else None
-        batch, scale = policy_gradient_batch(episodes, phi, self.family, self.settings, fixed)
-        self.scales[k:k + 1] = [scale]
-        self.count("" if k == 0 else None, episodes)
-        return batch
+    def remember(self, k: int, explored: dict) -> dict:
+        """The episodes of inner step k: these and those of the last `reuse` collections."""
+        if k == len(self.memory):
+            self.memory.append([])
+        self.memory[k] = [*self.memory[k], explored][-1 - self.settings.reuse:]
+        return {name: torch.cat([part[name] for part in self.memory[k]], dim=1)
+                for name in explored}
+
+    def batches(self, collected: list[dict], some: np.ndarray) -> list[dict]:
+        """Batches of the tasks `some` for each inner step, from K random episodes of each task.
+
+        The first non-zero advantages of an inner step fix their scale for the run.
+        """
+        out = []
+        for k, stored in enumerate(collected):
+            episodes = draw_episodes(stored, some, self.settings.episodes, self.rng)
+            fixed = self.scales[k] if k < len(self.scales) else None
+            batch, scale = policy_gradient_batch(episodes, self.products, self.settings, fixed,
+                                                 self.device)
+            self.scales[k:k + 1] = [scale]
+            out.append(batch)
+        return out
+
+    def current_phi(self, collected: list[dict]) -> Params:
+        """phi of all tasks after an inner step on each of `collected`, as plain numbers."""
+        batches = self.batches(collected, np.arange(self.n))
+        return detached(adapt(self.theta, self.alpha, batches, self.settings, first_order=True,
+                              n=self.n)[-1])
 
     def count(self, name: str | None, episodes: dict) -> None:
         """Count env steps. With a name, note return and distance in columns that start with it."""
@@ -299,7 +284,7 @@ class MetaLearner:
             self.row[f"{name}return"] = float(episodes["rewards"].sum(1).mean())
             self.row[f"{name}distance"] = float(episodes["distances"][:, -1].mean())
 
-    def sample(self, batches: list[dict], demonstrations) -> tuple[list[dict], dict]:
+    def sample(self, collected: list[dict], demonstrations) -> tuple[list[dict], dict]:
         """A meta-batch of random tasks: their inner batches, and labels for the outer loss."""
         some = self.rng.permutation(self.n)[:self.settings.meta_batch]
 
@@ -309,8 +294,7 @@ class MetaLearner:
         sampled = {"adapted": labels(some)}
         if len(self.pre_update_tasks):
             sampled["pre_update"] = labels(self.pre_update_tasks)
-        self.meta_batch = [{name: value[some] for name, value in batch.items()}
-                           for batch in batches]
+        self.meta_batch = self.batches(collected, some)
         return self.meta_batch, sampled
 
     def minimise(self, loss: torch.Tensor, info: dict) -> None:
@@ -321,7 +305,7 @@ class MetaLearner:
         warm = min(1.0, (step + 1) / settings.warm_up_steps)
         set_rates(self.optimiser, [settings.learning_rate * warm,
                                    settings.step_size_learning_rate * warm],
-                  step / (settings.collections * settings.meta_steps))
+                  step / (settings.collections * settings.meta_steps), settings.final_rate)
         self.optimiser.zero_grad()
         loss.backward()
         params = [p for p in (*self.theta.values(), *self.alpha.values()) if p.grad is not None]
@@ -345,6 +329,7 @@ class MetaLearner:
         return {"policy": self.policy(), "training": {
             "optimiser": copy.deepcopy(self.optimiser.state_dict()),
             "collection": self.collection, "env_steps": self.env_steps,
+            "memory": copy.deepcopy(self.memory),
             "aggregated": self.demonstrations.added(self.given)}}
 
     def metrics(self) -> dict:
@@ -371,7 +356,7 @@ class Adapter:
         self.theta, self.alpha = ({name: value.to(device) for name, value in policy[key].items()}
                                   for key in ("theta", "alpha"))
         self.scales, self.family, self.settings = policy["scales"], family, settings
-        start = policy.get("no_adaptation")
+        start = policy.get("no_adaptation") if settings.imitation_steps else None
         self.references = {} if start is None else {"no_adaptation": Adapter(
             policy | {"theta": start, "no_adaptation": None}, family, settings, device)}
 
@@ -391,8 +376,9 @@ class Adapter:
     def update(self, episodes: dict) -> None:
         """One inner step on the episodes that `act` explored."""
         phi, k = self.actor.phi, self.steps
-        batch, _ = policy_gradient_batch(self.actor.with_features(episodes), phi, self.family,
-                                         self.settings, self.scales[min(k, len(self.scales) - 1)])
+        batch, _ = policy_gradient_batch(
+            self.actor.explored(episodes), baseline_products(self.family, self.settings),
+            self.settings, self.scales[min(k, len(self.scales) - 1)], phi["z"].device)
         phi = inner_step(phi, self.step_size(k), batch, self.settings, first_order=True)
         self.steps += 1
         self.actor = Actor(detached(phi), self.family, self.settings, self.generator)

@@ -39,28 +39,21 @@ class Replay:
         self.data = {name: np.zeros((len(tasks), capacity, width), np.float32)
                      for name, width in zip(self.FIELDS, widths)}
 
-    def add(self, episodes: dict) -> None:
-        """Append whole episodes of `envs.rollout`, whose environments are ordered by task."""
-        n, mask = len(self.tasks), episodes["mask"]
-        terminated = np.zeros_like(mask)
-        ended = np.flatnonzero(episodes["terminated"])
-        terminated[ended, mask[ended].sum(1).astype(int) - 1] = 1.0
-        # Index past each episode, counted from where its stream ends now.
-        ends = np.cumsum(mask.sum(1).reshape(n, -1), axis=1).reshape(-1, 1, 1)
-        observations = episodes["observations"]
+    def add(self, episodes: dict, streams: np.ndarray) -> None:
+        """Append whole episodes of `envs.rollout`; `streams` (B,) says whose task each was on."""
+        lengths, observations = episodes["mask"].sum(1).astype(int), episodes["observations"]
+        terminated = np.zeros_like(episodes["mask"])
+        terminated[np.arange(len(lengths)), lengths - 1] = episodes["terminated"]
         fields = (observations[:, :-1], episodes["actions"], observations[:, 1:],
-                  episodes["outcomes"], episodes["rewards"][..., None], terminated[..., None],
-                  np.broadcast_to(ends, (*mask.shape, 1)))
-        kept = mask.reshape(n, -1) > 0  # nothing that follows an early end
-        if (self.sizes + kept.sum(1)).max() > self.capacity:
-            raise ValueError(f"replay of {self.capacity} transitions per task is full")
-        for stream, size in enumerate(self.sizes):
-            rows = slice(size, size + int(kept[stream].sum()))
-            for name, values in zip(self.FIELDS, fields):
-                values = values.reshape(*kept.shape, values.shape[-1])
-                self.data[name][stream, rows] = values[stream][kept[stream]]
-            self.data["end"][stream, rows] += size
-        self.sizes += kept.sum(1)
+                  episodes["outcomes"], episodes["rewards"][..., None], terminated[..., None])
+        for episode, (stream, length) in enumerate(zip(streams, lengths)):
+            first, end = self.sizes[stream], self.sizes[stream] + length
+            if end > self.capacity:
+                raise ValueError(f"replay of {self.capacity} transitions per task is full")
+            for name, values in zip(self.FIELDS, fields):  # nothing that follows an early end
+                self.data[name][stream, first:end] = values[episode, :length]
+            self.data["end"][stream, first:end] = end
+            self.sizes[stream] = end
 
     def state_dict(self) -> dict:
         longest = int(self.sizes.max())
@@ -88,7 +81,8 @@ class Replay:
         n, shape = len(self.tasks), (learners, settings.expert_batch)
         share = settings.expert_relabelled if self.family.outcome_size else 0.0
         # `stream`: whose transition a sample is; `task`: whose reward it gets.
-        stream = generator.integers(n, size=shape)
+        begun = np.flatnonzero(self.sizes)
+        stream = begun[generator.integers(len(begun), size=shape)]
         mixed = generator.random(shape) < share
         if learners == 1:
             task = np.where(mixed, generator.integers(n, size=shape), stream)
@@ -117,12 +111,7 @@ class Replay:
         if not self.family.outcome_size:
             return self.data["reward"][stream, step, 0]
         outcome, action = (self.data[name][stream, step] for name in ("outcome", "action"))
-        terms = self.family.reward_terms(outcome, action, task)
-        for name, term in terms.items():  # another shape may broadcast into nonsense, silently
-            if term.shape != outcome.shape[:-1]:
-                raise ValueError(f"{self.family.name}: reward_terms()[{name!r}] has shape "
-                                 f"{term.shape}, not {outcome.shape[:-1]}")
-        return sum(terms.values())
+        return self.family.rewards_of(outcome, action, task)
 
 
 def expert_input(family, observation: np.ndarray, task: np.ndarray | None = None) -> torch.Tensor:
@@ -163,7 +152,8 @@ def train_experts(env, tasks: np.ndarray, settings: Settings, state: dict | None
                   device="cpu") -> Iterator[tuple[Experts, Callable[[], dict], dict]]:
     """Step 1 of the algorithm. Yields (experts, snapshot, metrics) after every iteration.
 
-    `env` holds n * settings.expert_episodes environments. `snapshot()` returns the state after that
+    In every iteration each of `env`'s environments plays one episode, on tasks that take turns.
+    `snapshot()` returns the state after that
     iteration: learner, replay, counts. A later call with this `state` continues bit for bit, since
     every iteration has its own random streams. FloatingPointError when a loss is not finite.
     """
@@ -171,30 +161,33 @@ def train_experts(env, tasks: np.ndarray, settings: Settings, state: dict | None
     learners = 1 if contextual else len(tasks)
     inputs = family.observation_size + contextual * family.task_size
     learner = SoftActorCritic(learners, inputs, family.action_size, settings, device)
-    per_iteration = settings.expert_episodes * family.horizon
-    replay = Replay(family, tasks, settings.expert_iterations * per_iteration)
+    n, B = len(tasks), env.num_envs
+    replay = Replay(family, tasks,
+                    -(-settings.expert_iterations * B // n) * family.horizon)
     first, env_steps = 0, 0
     if state is not None:
         learner.load_state_dict(state["learner"])
         replay.load_state_dict(state["replay"])
         first, env_steps = state["iteration"], state["env_steps"]
-    task_of_env = np.repeat(tasks, settings.expert_episodes, axis=0)
+    turns = random_streams(settings.seed, "experts", 0)[0].permutation(n)
 
     for iteration in range(first, settings.expert_iterations):
         rng, generator = random_streams(settings.seed, "experts", iteration)
-        noise = CorrelatedNoise((learners, env.num_envs // learners, family.action_size),
-                                 settings.expert_noise_correlation, generator)
+        noise = CorrelatedNoise((learners, B // learners, family.action_size),
+                                settings.expert_noise_correlation, generator)
+        streams = np.sort(turns[(iteration * B + np.arange(B)) % n])
+        task_of_env = tasks[streams]
 
         def explore(observation, last):
             if iteration == 0:  # random actions cover more than an untrained policy
-                return rng.uniform(-1, 1, (env.num_envs, family.action_size))
+                return rng.uniform(-1, 1, (B, family.action_size))
             x = expert_input(family, observation, task_of_env if contextual else None)
             x = x.view(learners, -1, x.shape[-1]).to(device)
             return learner.act(x, next(noise).to(device)).flatten(0, 1).cpu().numpy()
 
         # One episode in every environment, then many updates on the whole replay.
         episodes = rollout(env, explore, task_of_env)
-        replay.add(episodes)
+        replay.add(episodes, streams)
         env_steps += int(episodes["mask"].sum())
         learner.set_learning_rate(iteration / settings.expert_iterations)
         for _ in range(settings.expert_updates):

@@ -26,7 +26,7 @@ from checkpoints import (
     write_atomically,
     write_json,
 )
-from envs import Environments, make_batch, make_family, task_set
+from envs import Environments, make_batch
 from evaluate import (
     TABLE_ROUNDS,
     Evaluation,
@@ -44,6 +44,7 @@ from local_policies import (
     save_demonstrations,
     train_experts,
 )
+from tasks import make_family, task_set
 from tasks.base import TaskFamily
 from tools.pictures import draw_film, draw_plot
 
@@ -78,7 +79,7 @@ class Problem:
                  demos: tuple[np.ndarray, Demonstrations] | None = None):
         self.settings, self.out, self.device = settings, out, device
         self.threads = threads or cpu_count()
-        self.family = make_family(settings.task, settings.reward)
+        self.family = policy_family(settings)
         self.demos = demos  # the user's, instead of experts
         self.tasks = demos[0] if demos else task_set(self.family, "train", settings.training_tasks)
         self.environments = Environments(self.family, self.threads)
@@ -228,8 +229,8 @@ class Problem:
         settings, journal = self.settings, self.journal
         content = journal.load("experts_partial.pt", "experts in training")
         state = content and content["state"]
-        count = len(self.tasks) * settings.expert_episodes
-        env = make_batch(self.family.expert_family, count, self.threads)
+        family = make_family(settings.task, settings.reward).expert_family
+        env = make_batch(family, settings.expert_episodes, self.threads)
         # An iteration is cheap and its checkpoint is large, so only some are kept.
         done = state["iteration"] if state else 0
         title = f"experts ({settings.experts})"
@@ -278,6 +279,14 @@ def same_demonstrations(one: tuple, other: tuple) -> bool:
         np.array_equal(value, arrays[1][name]) for name, value in arrays[0].items())
 
 
+def policy_family(settings) -> TaskFamily:
+    """The task family as the policy sees it. Experts' networks see units of about one always."""
+    family = make_family(settings.task, settings.reward)
+    if settings.observations == "raw":
+        family.observation_centre, family.observation_scale = 0.0, 1.0
+    return family
+
+
 def load_experts(content: dict, device="cpu") -> Experts:
     """`Experts` from the content of experts.pt."""
     settings = content["settings"]
@@ -291,16 +300,17 @@ def load_adapter(folder: str | Path, device="cpu"):
     """(family, adapter, content of policy.pt) from the folder of a trained policy."""
     content = load_checkpoint(Path(folder) / "policy.pt", "policy")
     settings = content["settings"]
-    family = make_family(settings.task, settings.reward)
+    family = policy_family(settings)
     method = baselines.load(settings.method)
     return family, method.Adapter(content["policy"], family, settings, device), content
 
 
 def method_label(settings, family: TaskFamily) -> str:
-    """Method and variant, for folders and result.json: "gmps", "gmps-local", "gmps-sparse"."""
+    """Method and variant, for folders and result.json: "gmps", "gmps-local", "gmps-paper"."""
+    preset = "" if settings.preset == "ours" else f"-{settings.preset}"
     variant = {"local": "-local", "demonstrations": "-demos"}.get(settings.experts, "")
     unusual = "" if settings.reward == family.rewards[0] else f"-{settings.reward}"
-    return settings.method + variant + unusual
+    return settings.method + preset + variant + unusual
 
 
 def result_of(problem: Problem, evaluation: Evaluation, seed: int) -> dict:

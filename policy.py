@@ -14,7 +14,7 @@ import math
 import numpy as np
 import torch
 
-from settings import Settings
+from settings import Settings, random_streams
 
 Params = dict[str, torch.Tensor]
 
@@ -159,16 +159,78 @@ class Actor:
         return features(self.phi, by_task(normalised(self.family, observation["hand"], z.dtype)),
                         by_task(torch.as_tensor(observation["image"])))
 
-    def with_features(self, episodes: dict) -> dict:
-        """The episodes, and "features" (n, K, T, F): what the MLP saw while exploring them."""
-        return episodes | {"features": torch.stack(self.seen, dim=2)}
+    @torch.no_grad()
+    def explored(self, episodes: dict) -> dict:
+        """What a policy gradient needs of episodes of `envs.rollout` that this actor explored.
+
+        Tensors with leading axes (n, K, T), K episodes per task: "features" (F,), what the MLP saw;
+        "observation" (obs,), normalised; "action" (act,), before the environment clips it;
+        "behaviour_log_prob", that of the actions; "reward"; "mask". They lie on the CPU.
+        """
+        x, n = torch.stack(self.seen, dim=2), len(self.phi["z"])
+
+        def by_task(value):
+            return torch.as_tensor(value, dtype=x.dtype).view(n, -1, *value.shape[1:])
+        action = by_task(episodes["actions"])
+        log_p = log_prob(self.phi, x.flatten(1, 2).to(self.phi["z"].device),
+                         action.flatten(1, 2).to(self.phi["z"].device), self.settings)
+        observation = normalised(self.family, episodes["observations"][:, :-1], x.dtype)
+        return {"features": x, "observation": by_task(observation), "action": action,
+                "behaviour_log_prob": log_p.cpu().view(action.shape[:-1]),
+                "reward": by_task(episodes["rewards"]), "mask": by_task(episodes["mask"])}
 
 
-def explore(phi: Params, problem, settings: Settings, episodes: int,
-            generator: torch.Generator) -> dict:
-    """`episodes` episodes of pi_phi_i on each training task i, with the MLP's inputs."""
-    actor = Actor(phi, problem.family, settings, generator)
-    return actor.with_features(problem.rollout(actor, problem.tasks, episodes))
+# ---------------------------------------------------------------- imitating experts
+def leaky_clip(action: torch.Tensor) -> torch.Tensor:
+    """Actions clipped to [-1, 1], as the environment executes them, but with slope 0.1 outside.
+
+    Without the slope, a mean outside the range would get no gradient.
+    """
+    inside = action.clamp(-1.0, 1.0)
+    return inside + 0.1 * (action - inside)
+
+
+def imitation_loss(phi: Params, x: torch.Tensor, expert_action: torch.Tensor,
+                   settings: Settings) -> torch.Tensor:
+    """mean_i mean_s || mean of pi_phi_i(s) - a* ||^2, for x (n, B, F), expert_action (n, B, act).
+
+    With imitated_action "executed" the mean is clipped first [ours]. Most expert actions are at
+    full speed, 1, and the environment executes a mean of 1.2 as 1.
+    """
+    action = mean_action(phi, x)
+    if settings.imitated_action == "executed":
+        action = leaky_clip(action)
+    return (action - expert_action).square().sum(-1).mean()
+
+
+def imitate(family, demonstrations, settings: Settings, device="cpu", last: int = 0) -> Params:
+    """theta of one policy that imitates all experts at once, without adaptation.
+
+    It is the reference "no_adaptation". Meta-training starts from such a policy [ours]: a random
+    one's rewards say little about the goal. `last` > 0: imitate only the last `last` experts.
+    """
+    rng, generator = random_streams(settings.seed, "imitation", 0)
+    theta = {name: value.to(device).requires_grad_()
+             for name, value in init_policy(family, settings, generator).items()}
+    optimiser = torch.optim.Adam(theta.values(), lr=settings.learning_rate)
+    n = len(demonstrations.actions)
+    tasks = np.arange(n - last if last else 0, n)
+    count = settings.imitation_batch * n // len(tasks)  # as many labels for few tasks as for all
+    for step in range(settings.imitation_steps):
+        set_rates(optimiser, [settings.learning_rate], step / settings.imitation_steps, final=0.0)
+        observation, action, *image = demonstrations.sample(family, rng, tasks, count, device)
+        x = features(theta, observation, *image)
+        loss = imitation_loss(per_task(theta, len(tasks)), x, action, settings)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return detached(theta)
+
+
+def set_rates(optimiser, rates: list[float], progress: float, final: float) -> None:
+    """Learning rates fall linearly to `final` of their start as `progress` goes from 0 to 1."""
+    for group, rate in zip(optimiser.param_groups, rates):
+        group["lr"] = rate * (1.0 - (1.0 - final) * progress)
 
 
 # ---------------------------------------------------------------- convolutions: images to points

@@ -34,7 +34,6 @@ from checkpoints import (
     read_goals,
     write_json,
 )
-from envs import make_family, task_set
 from evaluate import band_table, closing_table, evaluate
 from local_policies import Demonstrations
 from phases import (
@@ -45,7 +44,7 @@ from phases import (
     result_of,
     train_and_test,
 )
-from tasks import TASKS
+from tasks import TASKS, make_family, task_set
 from tasks.rendering import Camera, NoOpenGL
 from tools.pictures import draw_extrapolation
 
@@ -67,6 +66,8 @@ def make_parser(method: str) -> Parser:
     option("--method", help=f"one of {', '.join(METHODS)} (default gmps)")
     option("--seed", type=int, default=0)
     option("--seeds", type=int, metavar="N", help="seeds 0 to N - 1, one after the other")
+    option("--preset", choices=("ours", "paper"),
+           help="paper: the settings of the paper and of the authors' release (default ours)")
     option("--reward", help="default: the task's usual one")
     option("--experts", choices=("contextual", "local"),
            help="one expert that is told the goal, or one learner per training task")
@@ -115,7 +116,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("goals", "gradient_steps", "rollouts", "extrapolate"):
         if training and getattr(options, name) not in (None, False):
             raise UserError(f"{flag(name)} goes with --evaluate DIR: train without it")
-    for name in ("quick", "set", "seeds", "reward", "experts", "demos"):
+    for name in ("quick", "set", "seeds", "reward", "experts", "demos", "preset"):
         if not training and getattr(options, name):
             raise UserError(f"{flag(name)} is for training: leave it out beside --evaluate")
     # Options that contradict each other.
@@ -156,18 +157,21 @@ def choose_settings(options, task: str, seed: int,
     kind = baselines.load(method).Settings
     try:
         family = make_family(task, options.reward)
-        given = {"task": task, "method": method, "seed": seed, "reward": family.reward}
+        given = {"preset": options.preset or "ours", "task": task, "method": method, "seed": seed,
+                 "reward": family.reward}
         if options.experts is not None:
             given["experts"] = options.experts
         # Later ones win: family, local experts, --quick, --set, options.
         preset = dict(family.settings)
+        if options.preset == "paper":
+            preset |= settings_module.PAPER | family.paper_settings
         if options.experts == "local":
             preset |= family.local_settings
         if options.quick:
             preset |= settings_module.QUICK
         # What has an option of its own also names the folder, so --set must not change it.
         changed = settings_module.from_strings(options.set, kind)
-        for name in ("task", "method", "seed", "experts", "reward"):
+        for name in ("preset", "task", "method", "seed", "experts", "reward"):
             if name in changed:
                 raise UserError(f"--set {name}: use --{name}")
         # A user's demonstrations bring their tasks, and no expert that could label more states.
@@ -192,6 +196,9 @@ def choose_settings(options, task: str, seed: int,
         raise UserError(f"{task} has no {chosen.experts} experts{advice}")
     if family.image_shape and chosen.aggregation_episodes:
         raise UserError(f"{task} learns from demonstrations alone: leave aggregation_episodes at 0")
+    if chosen.experts == "local" and chosen.expert_episodes % chosen.training_tasks:
+        raise UserError("local experts explore on their own tasks alone: make expert_episodes a "
+                        f"multiple of the {chosen.training_tasks} training tasks")
     if chosen.experts == "local" and chosen.demonstration_detours:
         raise UserError("local experts know their own task only: leave demonstration_detours at 0")
     check_camera(family)

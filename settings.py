@@ -32,13 +32,15 @@ def any_word(default, help):
 @dataclass(frozen=True)
 class Settings:
     # ---- Run (the command line has options of its own for the first five)
+    preset: str = one_of("ours", ("ours", "paper"),
+                         "ours; or the settings of the paper and the release, see --preset")
     task: str = any_word("push", "task family, a name of tasks.TASKS")
     method: str = any_word("gmps", "method, a name of baselines.METHODS")
     seed: int = within(0, 0, 2 ** 31 - 1, "seed of every random number of the run")
     experts: str = one_of("contextual", ("contextual", "local", "scripted", "demonstrations"),
                           "which experts are imitated")
     reward: str = any_word("dense", "which of the task family's rewards")
-    training_tasks: int = within(40, 2, 1000, "*number of training tasks [ours; release: 20]")
+    training_tasks: int = within(20, 2, 1000, "*number of training tasks [release: 20, ant 40]")
     held_out_tasks: int = within(20, 1, 1000, "number of tasks for the final evaluation")
     test_episodes: int = within(20, 2, 10_000,
                                 "*episodes per task and round at meta-test [release: 40, ant 50]")
@@ -47,12 +49,12 @@ class Settings:
 
     # ---- Local experts: soft actor-critic (local_policies.py, sac.py)
     expert_iterations: int = within(
-        40, 1, 100_000, "*iterations: in each, an episode in every environment, then updates")
-    expert_episodes: int = within(2, 1, 1000, "environments per training task")
-    expert_updates: int = within(450, 1, 100_000, "gradient steps per iteration")
+        60, 1, 100_000, "*iterations: in each, an episode in every environment, then updates")
+    expert_episodes: int = within(10, 1, 10_000, "episodes per iteration; tasks take turns")
+    expert_updates: int = within(200, 1, 100_000, "gradient steps per iteration")
     expert_width: int = within(128, 1, 4096, "units in each of two hidden layers")
-    expert_batch: int = within(256, 1, 65536, "transitions per learner and update")
-    expert_learning_rate: float = within(2e-3, 1e-6, 1.0, "Adam's; falls to a tenth [SAC: 3e-4]")
+    expert_batch: int = within(128, 1, 65536, "transitions per learner and update")
+    expert_learning_rate: float = within(3e-3, 1e-6, 1.0, "Adam's; falls to a tenth [SAC: 3e-4]")
     expert_discount: float = within(0.95, 0.0, 1.0, "discount [SAC: 0.99]")
     expert_return_steps: int = within(
         1, 1, 100, "rewards summed before the critics' value takes over [SAC: 1]")
@@ -66,20 +68,26 @@ class Settings:
         0.8, 0.0, 1.0, "share of a batch that gets another training task's rewards [ours]")
 
     # ---- Demonstrations (local_policies.py)
-    demonstration_episodes: int = within(5, 1, 1000, "per training task")
+    demonstration_episodes: int = within(3, 1, 1000, "per training task")
     demonstration_noise: float = within(
         0.3, 0.0, 5.0, "std of action noise, not in a task's first episode; none on labels [ours]")
     demonstration_detours: int = within(
         0, 0, 1000, "of these, episodes that head for another task; labels for their own [ours]")
 
     # ---- Policy and rollouts (policy.py)
+    observations: str = one_of("normalised", ("normalised", "raw"),
+                               "what the policy sees: in units of about one; raw [release]")
     hidden: int = within(100, 1, 4096, "*units in each of two hidden layers [release]")
     bias_vector: int = within(4, 1, 1000, "size of the learned input z [release]")
     init_std: float = within(0.5, 1e-3, 10.0, "exploration noise at the start [release: 1]")
     min_std: float = within(0.35, 1e-6, 10.0, "floor of the exploration noise [release: 1e-6]")
     noise_correlation: float = within(
         0.0, 0.0, 0.999, "correlation of exploration noise with the step before [ours]")
-    episodes: int = within(20, 2, 10_000, "*K, episodes per task and inner step [release]")
+    episodes: int = within(10, 2, 10_000, "*K, episodes per task and inner step [release: 20]")
+    shared_episodes: int = within(
+        60, 0, 10_000, "*of the pre-update policy per collection, for all tasks; 0: K each [ours]")
+    reuse: int = within(10, 0, 1000, "earlier collections whose episodes are drawn as well [ours]")
+    later_episodes: int = within(2, 2, 10_000, "per task, for inner steps after the first [ours]")
 
     # ---- Inner step (advantages.py, gmps.py)
     inner_steps: int = within(
@@ -88,26 +96,33 @@ class Settings:
                              "one alpha for all inner steps, or one for each [ours]")
     init_step_size: float = within(0.03, 0.0, 10.0, "*alpha at the start [release: 0.5]")
     later_steps: str = one_of(
-        "shrinking", ("shrinking", "climbing"),
-        "steps after the trained ones: a quarter of the step before; or 0.4 max(alpha, 0)")
+        "shrinking", ("shrinking", "climbing", "full"), "steps after the trained ones: a quarter "
+        "of the step before; 0.4 max(alpha, 0); or as the last trained one [release]")
+    adapt_std: str = one_of("no", ("no", "yes"),
+                            "whether log-std adapts in the inner step [release: yes]")
     discount: float = within(0.9, 0.0, 1.0, "*of advantages [ours; release: 0.99]")
     gae_lambda: float = within(0.8, 0.0, 1.0, "*of advantages [ours; release: 1]")
+    baseline: str = one_of("products", ("products", "squares"),
+                           "whether the baseline sees products of observations [release: squares]")
     advantage_scale: str = one_of("common", ("common", "per task"),
                                   "divide advantages by one scale, or each task's [release]")
-    max_weight: float = within(1e6, 1.0, 1e30, "upper bound of the importance weight w [ours]")
+    max_weight: float = within(2.0, 1.0, 1e30, "upper bound of the importance weight w [ours]")
     inner_every: int = within(1, 1, 1000, "m: the inner loss uses every m-th time step [ours]")
 
     # ---- Meta-training (gmps.py)
     imitation_steps: int = within(
-        600, 1, 1_000_000, "gradient steps of imitation before meta-training [ours; release: none]")
+        600, 0, 1_000_000, "gradient steps of imitation before meta-training [ours; release: none]")
     imitation_batch: int = within(200, 1, 100_000, "labelled states per task and meta-step")
-    collections: int = within(10, 1, 10_000, "*passes through step 3 of the algorithm")
-    meta_steps: int = within(25, 1, 10_000, "*Adam steps on one collection [release: 300 to 500]")
-    meta_batch: int = within(20, 1, 1000, "tasks per meta-step [release: all]")
+    collections: int = within(3, 1, 10_000, "*passes through step 3 of the algorithm")
+    meta_steps: int = within(200, 1, 10_000, "*Adam steps on one collection [release: 300 to 500]")
+    meta_batch: int = within(5, 1, 1000, "tasks per meta-step [release: all]")
     aggregation_episodes: int = within(
         2, 0, 1000, "per task and collection, step 3c; 0: none [release: none]")
-    learning_rate: float = within(3e-3, 1e-7, 1.0, "*of theta; falls to a tenth [release: 1e-3]")
-    step_size_learning_rate: float = within(1e-2, 1e-7, 1.0, "of alpha, likewise [ours]")
+    imitated_action: str = one_of("executed", ("executed", "mean"),
+                                  "what imitates the expert: the clipped mean; the mean [release]")
+    learning_rate: float = within(5e-3, 1e-7, 1.0, "*of theta [release: 1e-3]")
+    step_size_learning_rate: float = within(1e-2, 1e-7, 1.0, "of alpha [release: 1e-3]")
+    final_rate: float = within(0.1, 0.0, 1.0, "both rates fall to this share [ours; release: 1]")
     warm_up_steps: int = within(25, 1, 1_000_000, "meta-steps over which both rates rise [ours]")
     clip_norm: float = within(10.0, 1e-3, 1e6, "of the outer gradient [ours]")
     pre_update_imitation: float = within(
@@ -132,11 +147,23 @@ class Settings:
                                  f"{limits['high']:g}, not {value:g}")
 
 
+# `--preset paper`: the paper's settings, or the release's where the paper is silent. A family's
+# `paper_settings` come on top. Soft actor-critic stays as it is, since the release has none.
+PAPER = dict(
+    training_tasks=20, test_episodes=40, demonstration_noise=0.0, demonstration_detours=0,
+    observations="raw", init_std=1.0, min_std=1e-6, noise_correlation=0.0, episodes=20,
+    shared_episodes=0, reuse=0, inner_steps=1, step_sizes="one", init_step_size=0.5,
+    later_steps="full", adapt_std="yes", discount=0.99, gae_lambda=1.0, baseline="squares",
+    advantage_scale="per task", max_weight=1e30, inner_every=1, imitation_steps=0, collections=20,
+    meta_steps=300, meta_batch=1000, imitated_action="mean", learning_rate=1e-3,
+    step_size_learning_rate=1e-3, final_rate=1.0, warm_up_steps=1, clip_norm=1e6,
+    pre_update_imitation=0.0, pre_update_tasks=0)
+
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40,
              collections=2, meta_steps=3, imitation_steps=50, episodes=4, test_episodes=4, curve=1)
 
-GROUPS = {"task": "Run", "expert_iterations": "Local experts: soft actor-critic",
+GROUPS = {"preset": "Run", "expert_iterations": "Local experts: soft actor-critic",
           "demonstration_episodes": "Demonstrations", "hidden": "Policy and rollouts",
           "inner_steps": "Inner step", "imitation_steps": "Meta-training"}  # by first setting
 

@@ -13,16 +13,19 @@ import torch
 
 import gmps
 import policy
-from advantages import policy_gradient_batch
-from envs import Environments, task_set
+from envs import Environments
 from evaluate import by_round, evaluate
 from local_policies import Demonstrations
+from policy import imitation_loss
 from settings import random_streams
+from tasks import task_set
 from tests.conftest import (
     PUSH,
     TINY,
+    explore,
     finite_difference,
     make_problem,
+    push_batch,
     quiet_folder,  # noqa: F401
     reference_forward,
     relative_error,
@@ -190,15 +193,15 @@ def test_imitation_loss_by_hand():
     phi = {name: torch.zeros(2, *shape) for name, shape in zeros.items()}
     phi["b3"] = torch.tensor([[[0.5, 1.5, -3.0]], [[0.0, 1.0, 1.0]]])
     action = torch.tensor([0.0, 1.0, 1.0]).expand(2, 4, 3)
-    loss = gmps.imitation_loss(phi, torch.zeros(2, 4, 6), action).item()
+    loss = imitation_loss(phi, torch.zeros(2, 4, 6), action, TINY).item()
     assert loss == pytest.approx((0.5 ** 2 + 0.05 ** 2 + 2.2 ** 2) / 2, rel=1e-6)
 
 
 # ---------------------------------------------------------------- the algorithm, step by step
 STEPS = dataclasses.replace(
-    TINY, seed=1, training_tasks=3, episodes=3, collections=2, meta_steps=3, inner_steps=2,
-    meta_batch=2, aggregation_episodes=1, imitation_steps=2, learning_rate=0.02, warm_up_steps=4,
-    clip_norm=0.1, init_std=0.3, pre_update_imitation=0.1)
+    TINY, seed=1, training_tasks=3, episodes=3, later_episodes=3, collections=2, meta_steps=3,
+    inner_steps=2, meta_batch=2, aggregation_episodes=1, imitation_steps=2, learning_rate=0.02,
+    warm_up_steps=4, clip_norm=0.1, init_std=0.3, pre_update_imitation=0.1)
 
 
 def watched(settings=STEPS, state=None, experts=scripted_expert):
@@ -217,11 +220,11 @@ def watched(settings=STEPS, state=None, experts=scripted_expert):
             drawn = super().sample(family, generator, tasks, count, device)
             return note("labels", (tasks, *drawn))[1:]
 
-    def rollout(actor, tasks, episodes):
-        result = environments.rollout(actor, tasks, episodes)
+    def rollout(actor, tasks, count):
+        result = environments.rollout(actor, tasks, count)
         result["diverged"][1], result["observations"][1, 21:] = True, 1e6
         result["mask"][1, 20:] = result["rewards"][1, 20:] = 0
-        note("rollout", (policy.detached(actor.phi), actor.with_features(result), tasks, episodes))
+        note("rollout", (policy.detached(actor.phi), result, actor.explored(result), tasks, count))
         return result
 
     def ask(observations, tasks):
@@ -251,14 +254,15 @@ def steps():
 @pytest.fixture(scope="module")
 def collections(steps):
     """Of each collection: (theta, alpha) before and after, the batches of 3a, its events."""
-    out, rollouts, scales = [], named(steps, "rollout"), [None, None]
+    out, rollouts = [], named(steps, "rollout")
+    scales = [push_batch(explored, STEPS)[1] for _, _, explored, *_ in rollouts[:2]]
     theta = named(steps, "yield")[0][0]["policy"]["no_adaptation"]
     before = theta, gmps.init_step_sizes(theta, STEPS)
     for c, (state, metrics, _) in enumerate(named(steps, "yield")):
         own, learned = rollouts[3 * c:3 * c + 3], state["policy"]
-        batches, scales = zip(*(policy_gradient_batch(episodes, phi, PUSH, STEPS, scale)
-                                for (phi, episodes, *_), scale in zip(own, scales)))
-        assert learned["scales"] == list(scales), "fixed by the first collection"
+        batches = [push_batch(explored, STEPS, scale)[0]
+                   for (_, _, explored, *_), scale in zip(own, scales)]
+        assert learned["scales"] == pytest.approx(scales, rel=1e-5), "fixed by the first collection"
         after = learned["theta"], learned["alpha"]
         out.append((before, after, batches, own, metrics))
         before = after
@@ -276,7 +280,7 @@ def test_order_of_the_algorithm(steps):
                                              *collection, *collection, "meta-test"]
     assert named(steps, "demonstrations") == named(steps, "experts") != [None]
     tasks = task_set(PUSH, "train", 3).tolist()
-    assert [(on.tolist(), episodes) for _, _, on, episodes in named(steps, "rollout")] == [
+    assert [(on.tolist(), episodes) for *_, on, episodes in named(steps, "rollout")] == [
         (tasks, 3), (tasks, 3), (tasks, 1)] * 2
 
 
@@ -284,16 +288,16 @@ def test_who_collects(collections):
     """3a: pi_theta, then pi_phi of each inner step. 3c: pi_phi of the new theta on the same D_i."""
     noises = set()
     for before, after, batches, rollouts, _ in collections:
-        for (phi, episodes, *_), (theta, alpha), seen in zip(
+        for (phi, episodes, explored, *_), (theta, alpha), seen in zip(
                 rollouts, (before, before, after), ([], batches[:1], batches), strict=True):
             assert close(phi, gmps.adapt(theta, alpha, seen, STEPS, first_order=True, n=3)[-1])
-            mean = policy.mean_action(phi, episodes["features"].flatten(1, 2))
+            mean = policy.mean_action(phi, explored["features"].flatten(1, 2))
             noise = torch.as_tensor(episodes["actions"]).view(mean.shape) - mean
             noise = noise / phi["log_std"].exp()
             assert abs(noise.square().mean().item() - 1) < 4 * math.sqrt(2 / noise.numel())
             noises.add(round(noise[0, 0, 0].item(), 3))
             observation = policy.normalised(PUSH, episodes["observations"][:, :20])
-            assert torch.equal(episodes["features"][:, :, :20].flatten(0, 1), observation)
+            assert torch.equal(explored["features"][:, :, :20].flatten(0, 1), observation)
         for one, other in ((0, 1), (0, 2), (1, 2)):
             assert not close(rollouts[one][0], rollouts[other][0], atol=1e-3)
         stale = gmps.adapt(*before, batches, STEPS, first_order=True)[-1]
@@ -361,7 +365,7 @@ def test_meta_steps_by_hand(steps, collections):
 def test_aggregation(steps):
     """3c: visited states, none from behind an early end, with pi*_i's actions there, join D*_i."""
     for c, (observations, actions) in enumerate(named(steps, "expert")):
-        _, episodes, tasks, _ = named(steps, "rollout")[3 * c + 2]
+        _, episodes, _, tasks, _ = named(steps, "rollout")[3 * c + 2]
         assert np.array_equal(observations, episodes["observations"][:, :-1])
         added = [part.numpy()[:, 50 * c:50 * (c + 1)] for part in
                  named(steps, "yield")[1][0]["training"]["aggregated"]]
@@ -383,13 +387,12 @@ def test_meta_test_by_hand(steps):
     for k in range(4):
         phi = gmps.adapt(state["theta"], state["alpha"], batches, STEPS, True, n=2)[-1]
         mean = problem.rollout(policy.Actor(phi, PUSH, STEPS), problem.tasks, 1)
-        sampled = policy.explore(phi, problem, STEPS, 4, generator)
+        sampled, explored = explore(phi, problem, STEPS, 4, generator)
         for name, episodes in (("held_out", mean), ("held_out_sampled", sampled)):
             rows = by_round(lists[name])[k]
             for key, values in (("return", episodes["rewards"].sum(1)),
                                 ("final_distance", episodes["distances"][:, -1])):
                 expected = values.reshape(2, -1).mean(1)
                 assert [row[key] for row in rows] == pytest.approx(expected, rel=1e-5)
-        batches.append(policy_gradient_batch(sampled, phi, PUSH, STEPS,
-                                             state["scales"][min(k, 1)])[0])
+        batches.append(push_batch(explored, STEPS, state["scales"][min(k, 1)])[0])
     assert len({round(row["return"], 3) for row in lists["held_out"]}) >= 7, "every step shows"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import gmps
 import settings as settings_module
+from policy import imitate
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
     experts = problem.train_experts()
     demonstrations = problem.demonstrate(experts)
     if state is None:
-        theta = gmps.imitate(problem.family, demonstrations, settings, problem.device)
+        theta = imitate(problem.family, demonstrations, settings, problem.device)
         state = {"policy": {"theta": theta}, "training": None}
         yield state, {"iteration": 1, "progress": 1.0, "env_steps": 0}
     problem.meta_test(Adapter(state["policy"], problem.family, settings, problem.device))

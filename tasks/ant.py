@@ -11,6 +11,7 @@ from tasks.base import MujocoFamily
 
 GEAR = 30         # torque per unit of action; gym's ant has 150
 # Leg directions in the torso's plane, and the signs of each ankle's axis and range (gym's ant.xml).
+STANDING_HEIGHT, STANDING_ANKLES = 0.55, (1, -1, -1, 1)  # metres, radians
 LEGS = (("1", (1, 1), (-1, 1), (30, 70)), ("2", (-1, 1), (1, 1), (-70, -30)),
         ("3", (-1, -1), (-1, 1), (-70, -30)), ("4", (1, -1), (1, 1), (30, 70)))
 
@@ -58,9 +59,9 @@ def ant_xml() -> str:
   <light directional="true" pos="0 0 4" dir="-0.2 -0.2 -1" diffuse="0.8 0.8 0.8"/>
   <camera name="video" pos="2.6 -2.4 3.4" mode="targetbody" target="look_at" fovy="45"/>
   <body name="look_at" pos="0.7 0.7 0.2"/>
-  <geom name="floor" type="plane" size="40 40 40" conaffinity="1" material="tiles"
+  <geom name="floor" type="plane" size="40 40 40" conaffinity="1" margin="0" material="tiles"
     rgba="1 1 1 1"/>
-  <body name="torso" pos="0 0 0.75">
+  <body name="torso" pos="0 0 {STANDING_HEIGHT}">
     <freejoint/><geom type="sphere" size="0.25"/>{legs}
   </body>
 </worldbody>
@@ -78,10 +79,12 @@ class AntGoal(MujocoFamily):
     Action (8,) in [-1, 1]: motor torques of hip and ankle of legs 1 to 4, 30 N m per unit.
     Task (2,): goal x, y; training distribution: angle uniform in [0, 90] degrees on the circle of
     radius 2 m.
-    Reward: 4 - |dx| - |dy| to the goal - 0.005 |a|^2 - 0.0005 |clipped contact forces|^2 + 0.05.
+    Reward: 4 - |dx| - |dy| from the centre of mass to the goal - 0.005 |a|^2
+    - 0.0005 |clipped contact forces|^2 + 0.05.
     Reward "sparse": |dx| + |dy| counts as 0.8 m wherever it is more.
     Episode: 200 steps of 0.01 s, one physics step each; ends early when the torso's z leaves
-    [0.2, 1]. Every episode starts in the same state, gym's without its noise.
+    [0.2, 1]. Every episode starts in the same state. With `start_noise` (an argument of the
+    environment) normal noise is added, as in the recordings of the release's experts.
     """
     # ---- constants
     name = "ant"
@@ -96,6 +99,7 @@ class AntGoal(MujocoFamily):
     healthy_z = (0.2, 1.0)
     control_cost, contact_cost, survival = 0.005, 0.0005, 0.05
     sparse_distance = 0.8
+    start_noise = (0.01, 0.1)
     observation_centre = np.array([0.7, 0.7, 0.55, 1, 0, 0, 0] + [0, 0.9, 0, -0.9, 0, -0.9, 0, 0.9]
                                   + [0] * 14 + [1, 0, 0, 0, 1, 0, 0, 0, 1.0])
     observation_scale = np.array([0.7, 0.7, 0.15] + [0.3] * 4 + [0.5, 0.4] * 4 + [1.0] * 2 + [1.0]
@@ -111,6 +115,7 @@ class AntGoal(MujocoFamily):
         max_weight=2.0, init_std=0.4, min_std=0.3, episodes=24, inner_every=4, test_episodes=50,
         later_steps="climbing", collections=8, meta_batch=10, meta_steps=150, imitation_batch=800,
         pre_update_imitation=1.0, init_step_size=0.02, step_size_learning_rate=6e-3)
+    paper_settings = dict(training_tasks=40, episodes=50, test_episodes=50)
     table = ("final distance (m)", 1.0, 3)
     published = {"experts_training": "539, 0.31 m (10 goals, authors' simulator)",
                  "meta_training": "about 2,000,000 in the released settings: *does not match*"}
@@ -121,8 +126,11 @@ class AntGoal(MujocoFamily):
         return ant_xml()
 
     def start(self, model):
-        """The one start state, that of gym's model file: 0.75 m up, legs stretched out."""
-        return mujoco.MjData(model)
+        """The one start state: standing, ankles bent."""
+        data = mujoco.MjData(model)
+        for leg, angle in zip("1234", STANDING_ANKLES):
+            data.qpos[model.joint(f"ankle_{leg}").qposadr[0]] = angle
+        return data
 
     def observe(self, state, sensors):
         """Full states (B, 30) [time, positions 15, velocities 14] -> observation (B, 38)."""
@@ -143,10 +151,10 @@ class AntGoal(MujocoFamily):
 
     # ---- reward
     def outcome(self, state, sensors):
-        """-> (B, 3): torso x, y, and |clipped contact forces|^2.
+        """-> (B, 3): x, y of the ant's centre of mass, and |clipped contact forces|^2.
 
-        As in gym: every body's contact force and torque about the ant's centre of mass (MuJoCo's
-        cfrc_ext), clipped to [-1, 1], of the state before the step. Contact sensors give them.
+        The forces are, as in gym, every body's contact force and torque about the centre of mass
+        (MuJoCo's cfrc_ext), clipped to [-1, 1]. Contact sensors give them.
         """
         contact = sensors[:, 3:].reshape(len(sensors), -1, 9)
         # Few bodies touch the ground at a time, and it pushes them upwards.
@@ -156,10 +164,10 @@ class AntGoal(MujocoFamily):
         torque = torque + np.cross(position - sensors[which, :3], force)
         squares = np.square(np.clip(np.concatenate([force, torque], axis=1), -1, 1)).sum(1)
         contact_squares = np.bincount(which, squares, len(state))[:, None]
-        return np.concatenate([state[:, 1:3], contact_squares], axis=1)
+        return np.concatenate([sensors[:, :2], contact_squares], axis=1)
 
     def distance(self, outcome, task):
-        """Torso to goal in the plane, metres."""
+        """Centre of mass to goal in the plane, metres."""
         return np.hypot(outcome[..., 0] - task[..., 0], outcome[..., 1] - task[..., 1])
 
     def reward_terms(self, outcome, action, task):

@@ -42,6 +42,7 @@ class TaskFamily:
     expert = None               # scripted: (n, B, obs), (n, task) -> (n, B, act). None: learn one
     settings = {}               # settings of this family that differ from settings.py
     local_settings = {}         # further ones with --experts local
+    paper_settings = {}         # further ones with --preset paper
 
     # ---- Optional: what people see
     table = ("final distance (m)", 1.0, 4)  # title with a unit in (), factor to that unit, digits
@@ -73,6 +74,15 @@ class TaskFamily:
         clipped, `task` (..., task_size). Needed where outcome_size is not 0.
         """
 
+    def rewards_of(self, outcome: np.ndarray, action: np.ndarray, task: np.ndarray) -> np.ndarray:
+        """Rewards (...,) by `reward_terms`, for actions of any size."""
+        terms = self.reward_terms(outcome, np.clip(action, -1.0, 1.0), task)
+        for name, term in terms.items():  # another shape may broadcast into nonsense, silently
+            if term.shape != outcome.shape[:-1]:
+                raise ValueError(f"{self.name}: reward_terms()[{name!r}] has shape {term.shape}, "
+                                 f"not {outcome.shape[:-1]}")
+        return sum(terms.values())
+
     def bands(self) -> list[tuple[str, np.ndarray]]:
         """[(label, tasks)] inside and outside the training range for --extrapolate; none here."""
         return []
@@ -82,12 +92,13 @@ class MujocoFamily(TaskFamily, abc.ABC):
     """A MuJoCo model whose environments `envs.BatchEnv` steps together.
 
     B environments. A state is (1 + nq + nv + na,): time, positions, velocities, activations. Sensor
-    readings are in the order of <sensor>, taken at the start of the last physics step. The model
+    readings are in the order of <sensor>, those of that state. The model
     needs a camera "video" for the film. outcome_size and reward_terms are required here.
     """
     frame_skip: int             # physics steps per environment step
     control_spec: int           # what an action sets: int(mujoco.mjtState.mjSTATE_CTRL) for motors,
                                 # mjSTATE_MOCAP_POS for a mocap body
+    start_noise = None          # std of noise on the start's (positions, velocities), on request
     observation_limit = np.inf  # bound of gymnasium's observation space
     goal_size = (0.02, 0.02, 0.002)  # of the mark that a film shows: radius, radius, half height
 

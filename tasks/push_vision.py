@@ -13,7 +13,7 @@ CAMERA_POSE = 'pos="0 1.3 0.5" euler="-0.78 0 3.14159"'  # in front of the robot
 PICTURE = 84                # pixels a side of the release's picture
 FIELD_OF_VIEW = math.radians(45)
 # Kept: the table from y = 0.35 to 0.95 m, x within 0.28 m at the start and 0.2 m at the end.
-CROP_TOP, CROP_LEFT = 10, 10
+CROP_TOP, CROP_LEFT = 0, 10
 
 
 class SawyerPushVision(SawyerPush):
@@ -30,8 +30,7 @@ class SawyerPushVision(SawyerPush):
     # Rendering takes most of the time: fewer goals, one inner step, and more meta-steps on each
     # collection. Labels come from the demonstrations alone. With fewer goals an iteration of the
     # experts is shorter.
-    settings = dict(training_tasks=24, expert_iterations=55, imitation_batch=100, collections=12,
-                    meta_steps=150, max_weight=2.0, inner_steps=1, aggregation_episodes=0)
+    settings = dict(inner_steps=1, aggregation_episodes=0)
     published = {}
 
     @property

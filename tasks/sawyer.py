@@ -35,6 +35,8 @@ GRIPPER = """
   <body name="hand" pos="0 0 0.12" quat="-1 0 1 0">
     <geom class="link" type="box" size="0.02 0.055 0.02" pos="-0.05 0 0" rgba="0.25 0.25 0.28 1"
       mass="0.01"/>
+    <geom name="rail" type="box" size="0.005 0.055 0.005" pos="-0.05 0 0" density="7850"
+      rgba="0.25 0.25 0.28 1"/>
     <body name="right_claw" pos="0 -0.05 0">
       <joint name="right_claw" class="claw" axis="0 1 0"/><geom class="claw"/>
       <site name="right_tip" pos="0.03 0.005 0"/>
@@ -48,8 +50,11 @@ GRIPPER = """
 
 
 # ---------------------------------------------------------------- model
-def sawyer_xml(objects: str, hand_start: str, sensors: str) -> str:
-    """MJCF text of arm, table and mocap weld, with a family's own `objects` and `sensors`."""
+def sawyer_xml(objects: str, hand_start: str, sensors: str, claw_gain: int = 400) -> str:
+    """MJCF text of arm, table and mocap weld, with a family's own `objects` and `sensors`.
+
+    `claw_gain` (N/m): of the actuators that hold the claws at their ends.
+    """
     body = GRIPPER
     link_ends = [position for _, position, *_ in ARM[1:]] + ["0 0 0.0245"]
     for link, end in zip(reversed(ARM), reversed(link_ends)):
@@ -71,8 +76,7 @@ def sawyer_xml(objects: str, hand_start: str, sensors: str) -> str:
   <default class="link"><geom contype="0" conaffinity="0" rgba="0.72 0.12 0.13 1"/></default>
   <default class="claw">
     <joint type="slide" range="0 0.03" armature="100" damping="1000"/>
-    <geom type="box" size="0.045 0.005 0.015" condim="4" friction="1 0.005 0.0001"
-      rgba="0.1 0.1 0.1 1"/>
+    <geom type="box" size="0.045 0.005 0.015" condim="4" margin="0.001" rgba="0.1 0.1 0.1 1"/>
   </default>
 </default>
 <worldbody>
@@ -80,7 +84,8 @@ def sawyer_xml(objects: str, hand_start: str, sensors: str) -> str:
   <camera name="video" pos="1.15 0.05 0.75" mode="targetbody" target="look_at" fovy="36"/>
   <body name="look_at" pos="0 0.55 0.15"/>
   <geom name="floor" type="plane" size="3 3 0.1" pos="0 0 -0.9" rgba="0.86 0.87 0.88 1"/>
-  <geom name="table" type="box" size="0.4 0.4 0.03" pos="0 0.8 -0.03" rgba="0.80 0.70 0.55 1"/>
+  <geom name="table" type="box" size="0.4 0.4 0.03" pos="0 0.8 -0.03" friction="10 0.1 0.002"
+    rgba="0.80 0.70 0.55 1"/>
   <geom class="link" type="cylinder" size="0.12" fromto="0 0 -0.9 0 0 0.08"
     rgba="0.3 0.3 0.33 1"/>{body}
   <body name="mocap" mocap="true" pos="{hand_start}" quat="1 0 1 0"/>
@@ -90,7 +95,7 @@ def sawyer_xml(objects: str, hand_start: str, sensors: str) -> str:
   <weld body1="mocap" body2="hand" relpose="0 0 0 1 0 0 0" solref="0.02 1"/>
 </equality>
 <actuator>
-  <position joint="right_claw" kp="400"/><position joint="left_claw" kp="400"/>
+  <position joint="right_claw" kp="{claw_gain}"/><position joint="left_claw" kp="{claw_gain}"/>
 </actuator>
 <sensor>{sensors}</sensor>
 </mujoco>"""
@@ -101,11 +106,11 @@ def sensed_positions(*frames: tuple[str, str]) -> str:
     return "".join(f'<framepos objtype="{kind}" objname="{name}"/>' for kind, name in frames)
 
 
-def settled_arm(model: mujoco.MjModel) -> mujoco.MjData:
-    """The state in which the arm hangs still with its hand on the start target."""
+def settled_arm(model: mujoco.MjModel, steps: int = 1000) -> mujoco.MjData:
+    """The state of the arm after `steps` physics steps with its hand on the start target."""
     data = mujoco.MjData(model)
     data.qpos[:len(ARM_START)] = ARM_START
-    mujoco.mj_step(model, data, 1000)
+    mujoco.mj_step(model, data, steps)
     return data
 
 

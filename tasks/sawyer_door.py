@@ -11,8 +11,8 @@ from tasks.sawyer import SawyerFamily, numbers, sawyer_xml, sensed_positions, se
 # The closed door's frame, turned about z [release]. Hinge and handle are given in that frame.
 DOOR_CENTRE, DOOR_TURN = np.array([0.0, 1.0, 0.3]), -1.57
 HINGE = np.array([0.0, 0.2, 0.0])     # the vertical edge far from the handle
-GRASP = np.array([0.1, -0.1, 0.0])    # the middle of the handle's bar [release]
-BAR = np.array([0.006, 0.07, 0.01])   # half sizes of the bar, which runs along the panel
+GRASP = np.array([0.1, -0.1, 0.0])    # the middle of that bar [release]
+BAR = np.array([0.01, 0.1, 0.01])     # half sizes of the handle's bar, along the panel [release]
 # From the hand's centre to a claw's inner face along y; half a claw's width along x.
 CLAW_GAP, CLAW_WIDTH = 0.045, 0.015
 
@@ -63,7 +63,6 @@ class SawyerDoor(SawyerFamily):
     rewards = ("sparse",)
     hand_start = np.array([0.0, 0.4, 0.1])
     hinge_damping = 100.0  # N m s/rad [release]: the door stops where it is let go
-    door_mass = 2.0        # kg: a wooden board of that size
     reach = 0.1            # metres: closer fingertips count as at the handle
     observation_centre = np.array([0.0, 0.7, 0.3, 0.02, 0.82, 0.3])
     observation_scale = np.repeat([0.1, 0.05], 3)  # the grasp point moves less than the hand
@@ -74,26 +73,23 @@ class SawyerDoor(SawyerFamily):
     # far and further ones correct it, so each has step sizes of its own. Labels come from the
     # demonstrations alone, half of which head for another angle.
     settings = dict(
-        experts="scripted", training_tasks=24, demonstration_episodes=12,
-        demonstration_detours=6, pre_update_tasks=14, pre_update_imitation=1.0,
-        advantage_scale="per task", init_std=0.45, aggregation_episodes=0, collections=20,
-        meta_batch=12, step_sizes="per step", max_weight=2.0)
+        experts="scripted", demonstration_episodes=12, demonstration_detours=6,
+        pre_update_tasks=12, pre_update_imitation=1.0, advantage_scale="per task",
+        aggregation_episodes=0, step_sizes="per step")
     table = ("angle error (degrees)", np.degrees(1.0), 1)
     goal_size, frames_every = (0.012, 0.012, 0.012), 2
 
     # ---- model
     def xml(self):
-        # Contacts and limit are hard: the hand's target may run far ahead of the hand, and no claw
-        # may slip through a bar.
-        hard = ('priority="1" condim="4" friction="1 0.005 0.0001" '
-                'solimp="0.99 0.999 0.001"')
-        steel, end = f'mass="0.1" {hard} rgba="0.55 0.57 0.6 1"', GRASP[1] - BAR[1]
+        # Hard contacts [ours]: the hand's target may run far ahead of the hand, and no claw may
+        # slip through a bar.
+        hard = 'priority="1" condim="4" solimp="0.99 0.999 0.001"'
+        steel = f'{hard} rgba="0.55 0.57 0.6 1"'
         door = f"""<body name="door" pos="{numbers(DOOR_CENTRE)}" euler="0 0 {DOOR_TURN}">
-          <joint name="hinge" axis="0 0 1" pos="{numbers(HINGE)}" range="0 1.57"
-            damping="{self.hinge_damping}" solimplimit="0.99 0.999 0.001"/>
-          <geom type="box" size="0.01 0.2 0.2" mass="{self.door_mass}" {hard}
-            rgba="0.45 0.60 0.70 1"/>
-          <geom type="box" size="0.042 {BAR[0]} {BAR[2]}" pos="0.052 {end + BAR[0]} 0" {steel}/>
+          <joint name="hinge" axis="0 0 1" pos="{numbers(HINGE)}" range="-3 3"
+            damping="{self.hinge_damping}"/>
+          <geom type="box" size="0.01 0.2 0.2" {hard} rgba="0.45 0.60 0.70 1"/>
+          <geom type="box" size="0.06 0.01 0.01" pos="0.05 -0.2 0" {steel}/>
           <geom type="box" size="{numbers(BAR)}" pos="{numbers(GRASP)}" {steel}/>
           <site name="grasp" pos="{numbers(GRASP)}" size="0.005" rgba="0 0 0 0"/></body>
           <geom class="link" type="cylinder" size="0.012"
@@ -101,11 +97,11 @@ class SawyerDoor(SawyerFamily):
         sensors = sensed_positions(("xbody", "hand"), ("site", "grasp"),
                                    ("site", "right_tip"), ("site", "left_tip"))
         sensors += '<jointpos joint="hinge"/>'
-        return sawyer_xml(door, numbers(self.hand_start), sensors)
+        return sawyer_xml(door, numbers(self.hand_start), sensors, claw_gain=100)
 
     def start(self, model):
-        """The arm settled under gravity on its mocap target, the door closed."""
-        data = settled_arm(model)
+        """The arm settled on its mocap target for ten steps, as in the release; the door closed."""
+        data = settled_arm(model, 10 * self.frame_skip)
         data.qpos[model.joint("hinge").qposadr[0]] = 0
         data.qvel[:] = 0
         return data

@@ -34,8 +34,7 @@ class SawyerPush(SawyerFamily):
     observation_scale = np.full(6, 0.1)
 
     # ---- settings and published levels
-    local_settings = dict(training_tasks=20, expert_episodes=4, expert_width=64, expert_batch=128,
-                          expert_updates=300, expert_iterations=60)
+    local_settings = dict(expert_episodes=80, expert_width=64, expert_updates=300)
     published = {"experts_training": "670, 0.031 m (10 goals, authors' simulator)",
                  "meta_training": "about 120,000 in the released settings: *does not match*"}
 
@@ -43,7 +42,7 @@ class SawyerPush(SawyerFamily):
     def xml(self):
         block = f"""<body name="block" pos="{numbers(self.block_start)}"><freejoint/>
           <inertial pos="0 0 0" mass="{self.block_mass}" diaginertia="1e5 1e5 1e5"/>
-          <geom type="box" size="0.02 0.02 0.02" condim="4" friction="1 0.005 0.0001"
+          <geom type="box" size="0.02 0.02 0.02" friction="1 0.1 0.002"
             rgba="0.15 0.35 0.75 1"/></body>"""
         sensors = sensed_positions(("xbody", "hand"), ("xbody", "block"),
                                    ("site", "right_tip"), ("site", "left_tip"))
@@ -59,10 +58,7 @@ class SawyerPush(SawyerFamily):
 
     # ---- reward
     def outcome(self, state, sensors):
-        """-> (B, 6): block x, y, z and the midpoint of both fingertips.
-
-        Sensors show the start of the last physics step, so an outcome is 10 ms old.
-        """
+        """-> (B, 6): block x, y, z and the midpoint of both fingertips."""
         tips = 0.5 * (sensors[:, 6:9] + sensors[:, 9:12])
         return np.concatenate([sensors[:, 3:6], tips], axis=1)
 

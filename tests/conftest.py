@@ -10,15 +10,19 @@ import torch
 
 import phases
 import run
-from envs import Environments, make_family
+from advantages import policy_gradient_batch
+from envs import Environments
+from policy import Actor
 from settings import Settings
+from tasks import make_family
 
 HERE = Path(__file__).parent.parent
 REFERENCE = HERE.parent / "shared" / "reference"  # recorded episodes; users do not have them
 PUSH = make_family("push")
 HORIZON = PUSH.horizon
 TINY = Settings(hidden=8, bias_vector=2, init_std=0.6, min_std=0.3, init_step_size=0.1,
-                pre_update_imitation=0.3, episodes=2, imitation_batch=16)
+                pre_update_imitation=0.3, episodes=2, shared_episodes=0, reuse=0,
+                later_episodes=2, max_weight=1e6, imitation_batch=16)
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +79,29 @@ def make_problem(tasks, demonstrations=None, experts=None, family=PUSH, meta_tes
         meta_test=meta_test or (lambda adapter: None))
 
 
+def explore(phi, problem, settings, episodes, generator):
+    """Episodes of pi_phi_i on each task i: (what `rollout` gives, what `Actor.explored` gives)."""
+    actor = Actor(phi, problem.family, settings, generator)
+    raw = problem.rollout(actor, problem.tasks, episodes)
+    return raw, actor.explored(raw)
+
+
+def push_batch(explored, settings, scale=None, tasks=slice(None)):
+    """(batch of an inner step, scale) from what was explored on some tasks of push."""
+    explored = {name: value[tasks] for name, value in explored.items()}
+    return policy_gradient_batch(explored, PUSH.baseline_products, settings, scale)
+
+
+class Fragile(type(PUSH)):
+    """Push, but an episode ends when the arm's base has turned a little: mostly early."""
+
+    def ended(self, state):
+        return np.abs(state[:, 1] - 2.1) > 0.09
+
+
+FRAGILE = Fragile()
+
+
 # ---------------------------------------------------------------- numbers
 def numpy_mlp(params, learner, x):
     """One vector through one learner's network; layer normalisation and ReLU between layers."""
@@ -122,8 +149,9 @@ def through_bytes(state):
 
 # ---------------------------------------------------------------- tiny runs of the whole command
 BUDGET = dict(training_tasks=2, held_out_tasks=2, expert_iterations=8, expert_updates=2,
-              expert_episodes=2, expert_width=8, expert_batch=16, demonstration_episodes=3,
-              imitation_steps=3, hidden=8, episodes=3, collections=3, meta_steps=2, inner_steps=2,
+              expert_episodes=4, expert_width=8, expert_batch=16, demonstration_episodes=3,
+              imitation_steps=3, hidden=8, episodes=3, shared_episodes=0, reuse=0,
+              later_episodes=3, collections=3, meta_steps=2, inner_steps=2,
               aggregation_episodes=1, imitation_batch=10, test_episodes=3)
 ARGUMENTS = ["--quick", "--threads", "1",
              *(f"--set={name}={value}" for name, value in BUDGET.items())]

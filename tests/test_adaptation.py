@@ -5,10 +5,10 @@ With the rewards of the rollouts exchanged between tasks, the gain of adaptation
 import numpy as np
 import pytest
 
-from envs import Environments, task_set
+from envs import Environments
 from evaluate import by_round, evaluate, mean_of
 from phases import load_adapter
-from tasks import TASKS
+from tasks import TASKS, task_set
 from tests.conftest import HERE
 
 

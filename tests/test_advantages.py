@@ -9,10 +9,10 @@ import torch
 import advantages
 import gmps
 import policy
-from envs import task_set
 from local_policies import Demonstrations
 from settings import STREAMS, random_streams
-from tests.conftest import PUSH, TINY, make_problem, reference_forward
+from tasks import task_set
+from tests.conftest import PUSH, TINY, explore, make_problem, push_batch, reference_forward
 
 PRODUCTS = PUSH.baseline_products
 PROBLEM = make_problem(task_set(PUSH, "train", 2))
@@ -26,14 +26,14 @@ def normal(observation):
 
 @pytest.fixture(scope="module")
 def collected():
-    """(phi, episodes, batch, scale): 3 episodes of each of two policies that differ."""
+    """(phi, episodes, explored, batch, scale): 3 episodes of each of two policies that differ."""
     generator = torch.Generator().manual_seed(0)
     theta = policy.init_policy(PUSH, TINY, generator)
     phi = {name: value + 0.1 * torch.randn(2, *value.shape[-2:], generator=generator)
            for name, value in theta.items()}
     phi["log_std"] = torch.tensor([[[0.6, 0.1, 0.9]], [[0.5, 0.4, 0.2]]]).log()
-    episodes = policy.explore(phi, PROBLEM, NOISY, 3, torch.Generator().manual_seed(1))
-    return phi, episodes, *advantages.policy_gradient_batch(episodes, phi, PUSH, NOISY)
+    episodes, explored = explore(phi, PROBLEM, NOISY, 3, torch.Generator().manual_seed(1))
+    return phi, episodes, explored, *push_batch(explored, NOISY)
 
 
 # ---------------------------------------------------------------- random numbers
@@ -79,7 +79,7 @@ def test_batch_of_the_inner_step(collected):
 
     With inner_every 3: rows 0, 3, 6 .. of every episode, their advantages from whole episodes.
     """
-    phi, episodes, batch, scale = collected
+    phi, episodes, explored, batch, scale = collected
     x = normal(episodes["observations"][:, :-1]).reshape(2, 150, 6)
     assert np.allclose(batch["features"], x, atol=1e-5)
     assert np.allclose(batch["action"], episodes["actions"].reshape(2, 150, 3))
@@ -95,7 +95,7 @@ def test_batch_of_the_inner_step(collected):
     assert scale == pytest.approx(given.square().mean().sqrt().item(), rel=1e-3)
     assert torch.allclose(batch["advantage"].double(), given / scale, rtol=1e-3, atol=1e-3)
     thin = dataclasses.replace(NOISY, inner_every=3)
-    other, same = advantages.policy_gradient_batch(episodes, phi, PUSH, thin, 7.0)
+    other, same = push_batch(explored, thin, 7.0)
     other["advantage"] *= 7 / scale
     for name, value in other.items():
         expected = batch[name].unflatten(1, (3, 50))[:, :, ::3].flatten(1, 2)
@@ -167,36 +167,33 @@ def test_scales_of_tasks_that_differ_in_their_rewards_alone(collected, kind):
     Such are those of a sparse reward that nobody found. Each task's own scale: nothing is 0 / 0.
     The policy may see other numbers than the baseline does: "features".
     """
-    phi, episodes, *_ = collected
-    phi = {name: value[[0, 0, 0]] for name, value in phi.items()}
-    episodes = {name: value[[0, 0, 0] if name == "features" else [0, 1, 2] * 3]
-                for name, value in episodes.items()}
-    episodes["rewards"][3:6] *= 100
-    episodes["rewards"][6:] = np.arange(50)
-    episodes["features"] += 1
-    for name in ("mask", "rewards"):
-        episodes[name][[2, 5], 40:] = 0
+    explored = {name: value[[0, 0, 0]] for name, value in collected[2].items()}  # copies
+    explored["reward"][1] *= 100
+    explored["reward"][2] = torch.arange(50)
+    explored["features"] += 1
+    for name in ("mask", "reward"):
+        explored[name][:2, 2, 40:] = 0
     settings = dataclasses.replace(NOISY, advantage_scale=kind)
-    batch, scale = advantages.policy_gradient_batch(episodes, phi, PUSH, settings)
+    batch, scale = push_batch(explored, settings)
     one, other, nothing = batch["advantage"]
     factor, steps = (100, 430) if kind == "common" else (1, 140)
     assert torch.allclose(factor * one, other, rtol=1e-3, atol=1e-4) and not nothing.any()
     assert other.square().sum() == pytest.approx(steps, rel=1e-3)
     assert (scale == 1) == (kind == "per task")
-    assert np.array_equal(batch["mask"], episodes["mask"].reshape(3, 150))
-    assert torch.equal(batch["features"], episodes["features"].flatten(1, 2))
+    for name in ("mask", "features", "action", "behaviour_log_prob"):
+        assert torch.equal(batch[name], explored[name].flatten(1, 2)), name
 
 
 def test_the_first_collection_with_any_reward_fixes_the_scale(collected):
     """One without leaves it open; later ones, with other rewards or none, do not change it."""
-    phi, episodes, *_ = collected
+    explored = collected[2]
     demonstrations = Demonstrations(np.zeros((2, 5, 6)), np.zeros((2, 5, 3)))
-    settings = dataclasses.replace(NOISY, imitation_steps=1)
+    settings = dataclasses.replace(NOISY, imitation_steps=1, episodes=3)
     learner = gmps.MetaLearner(PROBLEM, demonstrations, settings)
     learner.begin_collection()
-    size = advantages.policy_gradient_batch(episodes, phi, PUSH, NOISY)[1]
+    size = push_batch(explored, NOISY)[1]
     for factor, scale in ((0.0, None), (3.0, 3 * size), (7.0, 3 * size), (0.0, 3 * size)):
-        batch = learner.batch(0, episodes | {"rewards": factor * episodes["rewards"]}, phi)
+        batch, = learner.batches([explored | {"reward": factor * explored["reward"]}], [0, 1])
         assert learner.scales == [scale and pytest.approx(scale, rel=1e-4)]
         expected = factor * size / scale if scale else 0.0
         assert batch["advantage"].square().mean().sqrt() == pytest.approx(expected, rel=1e-4)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 import envs
-from envs import BatchEnv, make_family, rollout, task_set
+from envs import BatchEnv, rollout
+from tasks import make_family, task_set
+from tests.conftest import REFERENCE
 
 ANT = make_family("ant")
 GOAL = np.array([1.6, 1.2])
@@ -31,8 +33,8 @@ def test_model_is_gyms_ant_with_weak_motors():
     assert np.allclose(ranges[0::2], [-30, 30]) and np.allclose(ranges[1::2], ankles)
 
 
-def test_steps_are_mujocos_and_contact_cost_is_that_of_cfrc_ext():
-    """Observations beside mj_step; contacts by mj_rnePostConstraint, in the state before it."""
+def test_steps_are_mujocos_and_outcomes_are_those_of_the_new_state():
+    """Beside mj_step: observation, centre of mass, and contact cost by mj_rnePostConstraint."""
     env, costs = BatchEnv(1, "ant", threads=1), []
     env.reset(options={"task": GOAL})
     data = mujoco.MjData(env.model)
@@ -40,18 +42,51 @@ def test_steps_are_mujocos_and_contact_cost_is_that_of_cfrc_ext():
     for action in ant_actions(1, 150):
         data.ctrl[:] = action[0]
         data.qacc_warmstart[:] = 0
+        mujoco.mj_step(env.model, data)
+        data.qacc_warmstart[:] = 0
         mujoco.mj_forward(env.model, data)
         mujoco.mj_rnePostConstraint(env.model, data)
         costs.append(np.sum(np.clip(data.cfrc_ext, -1, 1) ** 2))
-        data.qacc_warmstart[:] = 0
-        mujoco.mj_step(env.model, data)
-        mujoco.mj_kinematics(env.model, data)
         observation, *_, info = env.step(action)
-        rotation = data.body("torso").xmat
+        rotation, centre = data.body("torso").xmat, data.body("torso").subtree_com[:2]
         assert np.abs(observation[0] - np.r_[data.qpos, data.qvel, rotation]).max() < 1e-9
-        assert env.outcomes[0] == pytest.approx([*data.qpos[:2], costs[-1]], abs=1e-9)
+        assert env.outcomes[0] == pytest.approx([*centre, costs[-1]], abs=1e-9)
         assert info["contact"][0] == pytest.approx(-0.0005 * costs[-1], abs=1e-12)
     assert max(costs) > 5 and np.abs(rotation - np.eye(3).ravel()).max() > 0.01
+
+
+def test_one_step_from_each_recorded_state_gives_the_recorded_one_and_its_reward():
+    """The published experts' episodes. 95th percentiles; the rest is in the contacts."""
+    if not (REFERENCE / "ant_expert_replay.npz").exists():
+        pytest.skip("no recorded episodes in ../shared/reference")
+    recorded = dict(np.load(REFERENCE / "ant_expert_replay.npz"))
+    states = np.concatenate([recorded["positions"], recorded["velocities"]], axis=-1)
+    episodes, steps = states.shape[0], states.shape[1] - 1
+    env = BatchEnv(episodes * steps, "ant")
+    env.reset(options={"task": np.repeat(recorded["goals"], steps, axis=0)})
+    env.state[:, 1:] = states[:, :-1].reshape(len(env.state), -1)
+    _, rewards, *_ = env.step(recorded["actions"][:, :-1].reshape(len(env.state), -1))
+    error = np.abs(env.state[:, 1:] - states[:, 1:].reshape(len(env.state), -1))
+    assert np.quantile(error[:, :15].max(1), 0.95) < 1e-4
+    assert np.quantile(error[:, 15:].max(1), 0.95) < 0.02
+    assert np.quantile(np.abs(rewards - recorded["rewards"][:, :-1].ravel()), 0.95) < 1e-3
+    start = recorded["positions"][:, 0].mean(0)  # the mean of 20 starts with noise of 0.01
+    assert np.abs(start - env._start_state[1:16]).max() < 0.01
+
+
+def test_start_noise_is_normal_of_the_documented_size_and_seeded():
+    env = BatchEnv(500, "ant", start_noise=True)
+    starts = [env.reset(seed=seed, options={"task": GOAL})[0].copy() for seed in (3, 4, 3)]
+    assert np.array_equal(starts[0], starts[2]) and (starts[0][:, :3] != starts[1][:, :3]).all()
+    plain = BatchEnv(1, "ant").reset(options={"task": GOAL})[0]
+    joints, velocities = [0, 1, 2, *range(7, 15)], range(15, 29)
+    for entries, size in ((joints, 0.01), (velocities, 0.1)):
+        spread = (starts[0] - plain)[:, entries].std(0)
+        assert np.abs(spread / size - 1).max() < 5 / np.sqrt(2 * 500)
+    assert np.allclose(np.linalg.norm(starts[0][:, 3:7], axis=1), 1)
+    assert (env.sensors != BatchEnv(1, "ant").sensors).any(1).all()
+    with pytest.raises(ValueError, match="push has no start_noise"):
+        BatchEnv(1, "push", start_noise=True)
 
 
 @pytest.mark.parametrize("reward", ["dense", "sparse"])
@@ -60,8 +95,8 @@ def test_reward_by_hand(reward):
     goals = np.array([GOAL, [0.3, 0.2], [0.0, 2.0]])
     env.reset(options={"task": goals})
     for action in 1.5 * ant_actions(3, 100, seed=2):
-        observation, rewards, _, _, info = env.step(action)
-        to_goal = observation[:, :2] - goals
+        _, rewards, _, _, info = env.step(action)
+        to_goal = env.outcomes[:, :2] - goals
         away = np.abs(to_goal).sum(1)
         assert np.allclose(info["goal_distance"], np.linalg.norm(to_goal, axis=1))
         near |= set(away < 0.8)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from envs import BatchEnv, Environments, SingleEnv, make_batch, make_family, rollout, task_set
-from tasks import TASKS, sawyer
+from envs import BatchEnv, Environments, SingleEnv, make_batch, rollout
+from tasks import TASKS, make_family, sawyer, task_set
 from tasks.base import GymnasiumFamily, MujocoFamily
 from tasks.rendering import NoOpenGL
 from tasks.sawyer_push import SawyerPush
@@ -79,7 +79,8 @@ def test_gymnasium_checker_finds_nothing(name):
 
 @pytest.mark.parametrize("name, sizes, start", [
     ("push", (6, 3, 2, 6, 50), [0, 0.4, 0.05, 0, 0.52, 0.02]),
-    ("ant", (38, 8, 2, 3, 200), [0, 0, 0.75, 1] + 25 * [0] + [1, 0, 0, 0, 1, 0, 0, 0, 1]),
+    ("ant", (38, 8, 2, 3, 200),
+     [0, 0, 0.55, 1, 0, 0, 0, *(0, 1, 0, -1, 0, -1, 0, 1), *14 * [0], 1, 0, 0, 0, 1, 0, 0, 0, 1]),
     ("door", (6, 3, 1, 2, 100), [0, 0.4, 0.1, -0.1, 0.9, 0.3])])
 def test_sizes_and_start_are_the_documented_ones(name, sizes, start):
     env = BatchEnv(4, name)

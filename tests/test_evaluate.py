@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import gmps
-from advantages import policy_gradient_batch
 from baselines import multitask
-from envs import Environments, task_set
+from envs import Environments
 from evaluate import (
     Evaluation,
     band_means,
@@ -18,9 +16,10 @@ from evaluate import (
     evaluate,
 )
 from local_policies import Demonstrations
-from policy import log_prob, per_task
+from policy import imitate, log_prob, per_task
+from tasks import task_set
 from tasks.base import GymnasiumFamily
-from tests.conftest import PUSH, make_problem
+from tests.conftest import PUSH, make_problem, push_batch
 
 
 class Walk(gymnasium.Env):
@@ -269,7 +268,7 @@ def test_multitask_imitation():
     problem = make_problem(tasks, given, meta_test=met.append)
     (state, metrics), = multitask.train(problem, settings)
     assert metrics == {"iteration": 1, "progress": 1.0, "env_steps": 0}
-    theta = gmps.imitate(PUSH, given, settings)
+    theta = imitate(PUSH, given, settings)
     given.sample = None  # a finished run imitates no more
     assert list(multitask.train(problem, settings, state)) == []
     assert all(torch.equal(adapter.theta[name], theta[name]) for adapter in met for name in theta)
@@ -277,8 +276,7 @@ def test_multitask_imitation():
     adapter.begin(2, torch.Generator().manual_seed(0))
     for _ in range(2):
         episodes = problem.rollout(adapter.act, tasks, 3)
-        batch, _ = policy_gradient_batch(adapter.actor.with_features(episodes), phi, PUSH, settings,
-                                         scale=1.0)
+        batch, _ = push_batch(adapter.actor.explored(episodes), settings, scale=1.0)
         advantage = batch["advantage"] / batch["advantage"].square().mean(1, keepdim=True).sqrt()
         phi = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
         log_p = log_prob(phi, batch["features"], batch["action"], settings)

@@ -7,33 +7,26 @@ import pytest
 import torch
 
 import local_policies
-from envs import BatchEnv, rollout, task_set
+from envs import BatchEnv, rollout
 from local_policies import Replay
 from policy import CorrelatedNoise
 from sac import squashed_mean, squashed_sample
 from settings import Settings, random_streams
-from tests.conftest import PUSH, random_actions, scripted_expert, through_bytes
+from tasks import task_set
+from tests.conftest import FRAGILE, PUSH, random_actions, scripted_expert, through_bytes
 
 CENTRE = [0, 0.6, 0.1, 0, 0.65, 0.02]
-
-
-class Fragile(type(PUSH)):
-    """Push, but an episode ends when the arm's base has turned a little: mostly early."""
-
-    def ended(self, state):
-        return np.abs(state[:, 1] - 2.1) > 0.09
-
-
-FRAGILE = Fragile()
+STREAMS = np.array([[0, 1, 1, 1, 2, 2], [2, 0, 1, 2, 1, 0]])  # in collections of six episodes
 
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The episodes of every rollout of local_policies; one of each is said to have diverged."""
+    """Episodes and tasks of every rollout of local_policies; one of each is said to have diverged.
+    """
     kept = []
 
-    def recording(*arguments, **options):
-        kept.append(rollout(*arguments, **options))
+    def recording(env, act, tasks, **options):
+        kept.append(rollout(env, act, tasks, **options) | {"tasks": tasks})
         kept[-1]["diverged"][0] = True
         return kept[-1]
     monkeypatch.setattr(local_policies, "rollout", recording)
@@ -43,11 +36,11 @@ def recorded(monkeypatch):
 # ---------------------------------------------------------------- replay
 @pytest.fixture(scope="module")
 def collected():
-    """(tasks, episodes): three tasks, two collections of two episodes each; most end early."""
+    """(tasks, episodes): three tasks, two collections of six episodes; most end early."""
     tasks, env, parts = task_set(PUSH, "train", 3), BatchEnv(6, FRAGILE), []
-    for seed in (0, 1):
+    for seed, streams in enumerate(STREAMS):
         actions = iter(random_actions(6, seed))
-        parts.append(rollout(env, lambda *_: next(actions), np.repeat(tasks, 2, axis=0)))
+        parts.append(rollout(env, lambda *_: next(actions), tasks[streams]))
     return tasks, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -65,25 +58,26 @@ def test_replay_samples_all_that_was_collected_with_the_rewards_of_the_task(
         family.outcome_size = 0
         rewards = np.random.default_rng(1).normal(size=(12, 50))
         episodes = episodes | {"outcomes": np.zeros((12, 50, 0)), "rewards": rewards}
-    sizes = lengths.reshape(2, 3, 2).sum((0, 2))
+    sizes = np.bincount(STREAMS.ravel(), lengths).astype(int)
     replay = Replay(family, tasks, sizes.max())
-    for part in (slice(6), slice(6, 12)):
-        replay.add({name: value[part] for name, value in episodes.items()})
+    for part, streams in zip((slice(6), slice(6, 12)), STREAMS):
+        replay.add({name: value[part] for name, value in episodes.items()}, streams)
     with pytest.raises(ValueError, match=f"replay of {sizes.max()} transitions per task is full"):
-        replay.add({name: value[:6] for name, value in episodes.items()})
+        replay.add({name: value[:1] for name, value in episodes.items()}, [sizes.argmax()])
     assert replay.sizes.tolist() == sizes.tolist() and len(set(sizes)) == 3
-    settings = Settings(expert_batch=4500 // learners, expert_relabelled=share,
+    settings = Settings(expert_batch=9000 // learners, expert_relabelled=share,
                         expert_return_steps=5, expert_reward_scale=0.25, expert_discount=0.9)
     batch = replay.sample(np.random.default_rng(0), learners, settings)
-    assert batch["observation"].shape == (learners, 4500 // learners, 6 + 2 * (learners == 1))
+    assert batch["observation"].shape == (learners, 9000 // learners, 6 + 2 * (learners == 1))
     batch = {name: value.flatten(0, 1).double().numpy() for name, value in batch.items()}
     place = {episodes["actions"][e, t].tobytes(): (e, t)
              for e in range(12) for t in range(lengths[e])}
     drawn = [place[action.tobytes()] for action in np.float32(batch["action"])]
     assert set(drawn) == set(place.values()), "every transition, also the last of a stream"
     e, t = np.array(drawn).T
-    span, stream, task = np.minimum(5, lengths[e] - t), e % 6 // 2, tasks[np.arange(4500) // 1500]
-    assert np.abs(np.bincount(stream) - 1500).max() < 5 * math.sqrt(4500 * 2 / 9)
+    span, stream = np.minimum(5, lengths[e] - t), STREAMS.ravel()[e]
+    task = tasks[np.arange(9000) // 3000]
+    assert np.abs(np.bincount(stream) - 3000).max() < 5 * math.sqrt(9000 * 2 / 9)
     if learners == 1:
         assert np.array_equal(batch["observation"][:, 6:], batch["next_observation"][:, 6:])
         task = batch["observation"][:, 6:] * [0.1, 0.05] + [0.0, 0.75]
@@ -92,9 +86,9 @@ def test_replay_samples_all_that_was_collected_with_the_rewards_of_the_task(
     # Of relabelled transitions one in three keeps its task.
     expected = 1 - share * 2 / 3 * bool(outcome_size)
     kept = (distance.argmin(1) == stream).mean()
-    assert abs(kept - expected) <= 4 * math.sqrt(expected * (1 - expected) / 4500)
+    assert abs(kept - expected) <= 4 * math.sqrt(expected * (1 - expected) / 9000)
 
-    total = np.zeros(4500)
+    total = np.zeros(9000)
     for k in range(5):
         step = e, np.minimum(t + k, 49)
         reward = episodes["rewards"][step]
@@ -113,7 +107,72 @@ def test_replay_samples_all_that_was_collected_with_the_rewards_of_the_task(
     assert set(zip(span, ended)) == {(k, end) for k in (1, 2, 3, 4, 5) for end in (False, True)}
 
 
+def test_replay_by_hand():
+    """Episodes of 3, 1, 4 and 2 steps, added in turn to streams 2, 0, 2 and 0: every array.
+
+    Stream 1 stays empty, and no sample is of it. Numbers name episode and step.
+    """
+    lengths, tasks = np.array([3, 1, 4, 2]), task_set(PUSH, "train", 3)
+    names = 10.0 * np.arange(1, 5)[:, None] + np.arange(5)  # (episode, step), of observations
+    after = np.where(np.arange(1, 5) <= lengths[:, None], names[:, :4], -1.0)
+    episodes = {"observations": np.repeat(names[..., None], 6, -1),
+                "actions": np.repeat(after[..., None], 3, -1),
+                "outcomes": np.repeat(after[..., None], 6, -1), "rewards": after,
+                "mask": (after > 0).astype(float), "terminated": np.array([1, 1, 0, 1], bool)}
+    replay = Replay(PUSH, tasks, 7)
+    for part in (slice(3), slice(3, 4)):
+        replay.add({name: value[part] for name, value in episodes.items()},
+                   np.array([2, 0, 2, 0])[part])
+    assert replay.sizes.tolist() == [3, 0, 7]
+    for stream, now, end, terminated in (
+            (0, [20, 40, 41], [1, 3, 3], [1, 0, 1]),
+            (2, [10, 11, 12, 30, 31, 32, 33], [3, 3, 3, 7, 7, 7, 7], [0, 0, 1, 0, 0, 0, 0])):
+        stored = {name: values[stream, :len(now)] for name, values in replay.data.items()}
+        for name in ("observation", "action", "outcome", "reward"):
+            assert (stored[name] == np.array(now)[:, None]).all(), name
+        assert (stored["next_observation"] == 1.0 + np.array(now)[:, None]).all()
+        assert stored["end"][:, 0].tolist() == end
+        assert stored["terminated"][:, 0].tolist() == terminated
+    for share, told in ((0.0, {0, 2}), (1.0, {0, 1, 2})):
+        batch = replay.sample(np.random.default_rng(0), 1,
+                              Settings(expert_batch=500, expert_relabelled=share))
+        first, context = batch["action"][0, :, 0], batch["observation"][0, :, 6:].numpy()
+        assert set(first.tolist()) == {20, 40, 41, 10, 11, 12, 30, 31, 32, 33}
+        assert abs((first == 20).float().mean() - 1 / 6) < 5 * math.sqrt(5 / 36 / 500)
+        goals = context * [0.1, 0.05] + [0.0, 0.75]
+        assert set(np.linalg.norm(goals[:, None] - tasks, axis=-1).argmin(1)) == told
+
+
 # ---------------------------------------------------------------- step 1: experts
+def test_tasks_take_turns_and_each_stream_holds_its_own(recorded):
+    """Five tasks, three environments, four iterations: at any time as many episodes, give or take
+    one. A resumed run takes the same turns; another seed takes others.
+    """
+    tasks, env, orders = task_set(PUSH, "train", 5), BatchEnv(3), []
+    for seed in (0, 1):
+        settings = Settings(expert_iterations=4, expert_episodes=3, expert_updates=1, seed=seed,
+                            expert_width=8, expert_batch=16)
+        recorded.clear()
+        states = [snapshot() for _, snapshot, _ in
+                  local_policies.train_experts(env, tasks, settings)]
+        distance = np.linalg.norm([part["tasks"][:, None] - tasks for part in recorded], axis=-1)
+        assert (distance.min(-1) == 0).all(), "training tasks"
+        orders.append(turns := distance.argmin(-1))  # (iteration, environment)
+        for k, state in enumerate(states):
+            counts = np.bincount(turns[:k + 1].ravel(), minlength=5)
+            assert np.ptp(counts) <= 1 and counts.sum() == 3 * (k + 1)
+            assert state["replay"]["sizes"].tolist() == (50 * counts).tolist()
+        for task in range(5):
+            own = [part["observations"][e, :-1] for part, streams in zip(recorded, turns)
+                   for e in np.flatnonzero(streams == task)]
+            stored = states[-1]["replay"]["observation"][task, :50 * len(own)]
+            assert np.array_equal(stored, np.float32(np.concatenate(own)))
+        list(local_policies.train_experts(env, tasks, settings, states[1]))
+        assert [part["tasks"].tolist() for part in recorded[4:]] == [
+            part["tasks"].tolist() for part in recorded[2:4]]
+    assert not np.array_equal(*orders)
+
+
 @pytest.mark.parametrize("kind", ["contextual", "local"])
 def test_experts_explore_learn_and_go_on_from_a_snapshot_with_the_same_bits(kind, recorded):
     """First at random, then by the policy of the iteration before, with noise that lasts.
@@ -282,7 +341,7 @@ def test_demonstrations_that_do_not_fit_are_refused(tmp_path, change):
 def test_reward_terms_of_a_wrong_shape_are_refused(monkeypatch):
     """(..., 1) instead of (...) would broadcast into nonsense."""
     tasks, replay = task_set(PUSH, "train", 2), Replay(PUSH, task_set(PUSH, "train", 2), 50)
-    replay.add(rollout(BatchEnv(2), lambda *_: np.zeros((2, 3)), tasks))
+    replay.add(rollout(BatchEnv(2), lambda *_: np.zeros((2, 3)), tasks), np.arange(2))
     monkeypatch.setattr(type(PUSH), "reward_terms", lambda self, outcome, action, task: {
         "near": -np.linalg.norm(outcome[..., :2] - task, axis=-1, keepdims=True)})
     with pytest.raises(ValueError, match=r"reward_terms\(\)\['near'\] has shape"):

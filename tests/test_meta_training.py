@@ -7,13 +7,21 @@ import torch
 
 import gmps
 import policy
-from advantages import policy_gradient_batch
-from envs import Environments, task_set
+from envs import Environments
 from local_policies import Demonstrations
-from policy import explore, normalised, per_task
+from policy import imitate, imitation_loss, normalised, per_task
 from settings import Settings
+from tasks import task_set
 from test_gmps import STEPS, named, watched
-from tests.conftest import PUSH, TINY, make_problem, scripted_expert, through_bytes
+from tests.conftest import (
+    PUSH,
+    TINY,
+    explore,
+    make_problem,
+    push_batch,
+    scripted_expert,
+    through_bytes,
+)
 
 
 def test_step_sizes_of_every_gradient_step():
@@ -52,9 +60,16 @@ def bits(events):
             (adapter.theta, adapter.alpha, adapter.scales))
 
 
-def test_meta_training_goes_on_with_the_same_bits():
-    """From each yielded state, in memory or from a file; and such a state never changes."""
-    events = watched(settings := dataclasses.replace(STEPS, collections=3))
+@pytest.mark.parametrize("shared", [0, 7])
+def test_meta_training_goes_on_with_the_same_bits(shared):
+    """From each yielded state, in memory or from a file; and such a state never changes.
+
+    Batches are drawn where there are shared episodes, more of a policy's own than one batch takes,
+    and those of the collection before.
+    """
+    events = watched(settings := dataclasses.replace(
+        STEPS, collections=3, shared_episodes=shared, later_episodes=4 if shared else 3,
+        reuse=int(shared > 0)))
     yielded, phis, policy = bits(events)
     for done, (kept, _, saved) in enumerate(named(events, "yield"), start=1):
         for state in (kept, through_bytes(saved)):
@@ -105,8 +120,9 @@ def test_meta_training_refuses_numbers_that_are_not_finite():
 
 
 # ---------------------------------------------------------------- what is learned
-LEARN = Settings(training_tasks=8, episodes=10, hidden=32, collections=5, meta_steps=40,
-                 inner_steps=1, imitation_steps=300, imitation_batch=50)
+LEARN = Settings(training_tasks=8, episodes=10, shared_episodes=0, reuse=0, hidden=32,
+                 collections=5, meta_steps=40, meta_batch=8, learning_rate=3e-3, inner_steps=1,
+                 imitation_steps=300, imitation_batch=50)
 
 
 def unrevealing_demonstrations(tasks, seed=0):
@@ -127,13 +143,13 @@ def unrevealing_demonstrations(tasks, seed=0):
 
 def loss_on(phi, demonstrations):
     x = normalised(PUSH, demonstrations.observations)
-    return gmps.imitation_loss(phi, x, torch.as_tensor(demonstrations.actions)).item()
+    return imitation_loss(phi, x, torch.as_tensor(demonstrations.actions), LEARN).item()
 
 
 def test_imitation_without_adaptation_nears_its_lower_bound():
     """No policy that is not told the task passes the bound; training comes within a tenth."""
     demonstrations, bound = unrevealing_demonstrations(task_set(PUSH, "train", 4))
-    theta = gmps.imitate(PUSH, demonstrations, dataclasses.replace(
+    theta = imitate(PUSH, demonstrations, dataclasses.replace(
         LEARN, imitation_steps=600, imitation_batch=100, hidden=64))
     assert bound <= loss_on(per_task(theta, 4), demonstrations) < 1.1 * bound
 
@@ -150,8 +166,8 @@ def test_meta_training_teaches_the_policy_to_adapt():
     held, bound = unrevealing_demonstrations(tasks, seed=1)
     phi, losses = per_task(theta, 8), []
     for draw in range(4):
-        episodes = explore(phi, problem, LEARN, 20, torch.Generator().manual_seed(draw))
-        batch, _ = policy_gradient_batch(episodes, phi, PUSH, LEARN, scales[0])
+        _, explored = explore(phi, problem, LEARN, 20, torch.Generator().manual_seed(draw))
+        batch, _ = push_batch(explored, LEARN, scales[0])
         losses.append(loss_on(gmps.adapt(theta, alpha, [batch], LEARN, True)[-1], held))
     assert metrics["imitation_1"] < 0.9 * bound and np.mean(losses) < 0.9 * bound
     assert loss_on(phi, held) >= bound

@@ -55,10 +55,7 @@ def test_reward_by_hand(reward):
 
 
 def test_outcome_and_observation_are_the_simulators_positions():
-    """Block, hand and fingertip midpoint, read from an MjData in the environment's state.
-
-    Sensors are one physics step old, which may move a body by 3 mm.
-    """
+    """Block, hand and fingertip midpoint, read from an MjData in the environment's state."""
     env = BatchEnv(2, threads=1)
     record(env, push_north(20, 2), np.array([0, 0.75]))
     observation = env.step(np.zeros((2, 3)))[0]
@@ -68,9 +65,25 @@ def test_outcome_and_observation_are_the_simulators_positions():
         mujoco.mj_kinematics(env.model, data)
         hand, block = data.body("hand").xpos, data.body("block").xpos
         tips = 0.5 * (data.site("left_tip").xpos + data.site("right_tip").xpos)
-        assert np.abs(observation[row] - np.r_[hand, block]).max() < 3e-3
-        assert np.abs(env.outcomes[row] - np.r_[block, tips]).max() < 3e-3
+        assert np.abs(observation[row] - np.r_[hand, block]).max() < 1e-9
+        assert np.abs(env.outcomes[row] - np.r_[block, tips]).max() < 1e-9
         assert np.linalg.norm(tips - hand) < 0.06
+
+
+def recorded_push(name):
+    if not (REFERENCE / name).exists():
+        pytest.skip("no recorded episodes in ../shared/reference")
+    recorded = dict(np.load(REFERENCE / name))
+    ours = rollout(BatchEnv(len(recorded["goals"])), replay(recorded["actions"]), recorded["goals"])
+    difference = ours["observations"][:, :HORIZON] - recorded["observations"]
+    block = np.linalg.norm(difference[..., 3:5], axis=-1)
+    return recorded, ours["rewards"].sum(1) / recorded["rewards"].sum(1), block, difference
+
+
+def test_replay_of_a_recorded_slip_leaves_the_block_behind_too():
+    """The claw rides up onto the block. What follows is sensitive."""
+    _, ratio, block, _ = recorded_push("push_slip_replay.npz")
+    assert abs(ratio.mean() - 1) < 0.08 and block[:, -1].mean() <= 0.06
 
 
 def test_replay_of_recorded_experts_matches_their_returns_paths_and_rewards():
@@ -78,16 +91,10 @@ def test_replay_of_recorded_experts_matches_their_returns_paths_and_rewards():
 
     Our reward terms at the recorded distances give the recorded rewards.
     """
-    if not (REFERENCE / "push_expert_replay.npz").exists():
-        pytest.skip("no recorded episodes in ../shared/reference")
-    recorded = dict(np.load(REFERENCE / "push_expert_replay.npz"))
-    ours = rollout(BatchEnv(5), replay(recorded["actions"]), recorded["goals"])
-    ratio = ours["rewards"].sum(1).mean() / recorded["rewards"].sum(1).mean()
-    assert abs(ratio - 1) < 0.05
-    difference = ours["observations"][:, :HORIZON] - recorded["observations"]
-    assert np.linalg.norm(difference[:, -1, 3:5], axis=-1).mean() <= 0.015
+    recorded, ratio, block, difference = recorded_push("push_expert_replay.npz")
+    assert abs(ratio.mean() - 1) < 0.01
+    assert block.mean() <= 0.007 and block[:, -1].mean() <= 0.012
     assert np.linalg.norm(difference[..., :3], axis=-1).max(1).mean() <= 0.025
-    assert np.abs(ours["distances"] - recorded["place_distance"])[:, -1].mean() <= 0.015
     outcome = np.zeros((5, HORIZON, 6))  # the block so far from its goal, the tips so far above it
     outcome[..., :2] = outcome[..., 3:5] = recorded["goals"][:, None]
     outcome[..., [0, 3]] += recorded["place_distance"][..., None]

@@ -18,10 +18,10 @@ import phases
 import policy
 import run
 from checkpoints import load_checkpoint, read_demonstrations
-from envs import BatchEnv, Environments, make_family, rollout, task_set
+from envs import BatchEnv, Environments, rollout
 from evaluate import evaluate
 from settings import Settings
-from tasks import TASKS
+from tasks import TASKS, make_family, task_set
 from tests.conftest import ARGUMENTS, PUSH, reference_forward, refused, result_of, start
 from tests.test_checkpoints import EVALUATE, stopped, timeless
 
@@ -245,7 +245,7 @@ def test_multitask_runs_goes_on_after_a_kill_and_is_evaluated(tmp_path):
     """In its own folder, with its own setting; imitation takes no steps of meta-training."""
     command = [*ARGUMENTS, "--method", "multitask", "--set", "step_size=0.5"]
     folder, killed = Path("runs/push/multitask/seed0_quick"), tmp_path / "killed"
-    with stopped("gmps", "imitate", 1, *command, "--out", killed):
+    with stopped("baselines.multitask", "imitate", 1, *command, "--out", killed):
         assert (killed / "demonstrations.npz").exists()
     assert start(*command) == start(*command, "--out", killed) == 0
     assert timeless(folder) == timeless(killed)

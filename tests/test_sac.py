@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import sac
-from envs import make_family
 from policy import init_policy
 from sac import SoftActorCritic
 from settings import Settings
+from tasks import make_family
 from tests.conftest import finite_difference, numpy_mlp, relative_error
 
 SAC = Settings(expert_width=16, expert_learning_rate=3e-3, expert_target_rate=0.05)

@@ -20,10 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gmps
 import policy
-from envs import BatchEnv, Rollout, make_family, rollout, task_set
+from envs import BatchEnv, Rollout, rollout
 from local_policies import Replay
 from sac import SoftActorCritic
 from settings import Settings
+from tasks import make_family, task_set
 
 
 def seconds(*functions, passes: int = 5) -> list[float]:
@@ -100,7 +101,8 @@ def learner_and_batches(learners: int, width: int, batch_size: int):
     tasks = task_set(family, "train", max(learners, 2))
     env, rng = BatchEnv(len(tasks), family), np.random.default_rng(0)
     replay = Replay(family, tasks, 50)
-    replay.add(rollout(env, lambda *_: rng.uniform(-1, 1, (len(tasks), 3)), tasks))
+    replay.add(rollout(env, lambda *_: rng.uniform(-1, 1, (len(tasks), 3)), tasks),
+               np.arange(len(tasks)))
     env.close()
     learner = SoftActorCritic(learners, 6 + 2 * (learners == 1), 3, settings)
     return learner, lambda: replay.sample(rng, learners, settings)
