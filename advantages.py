@@ -70,11 +70,10 @@ def linear_baseline(observation: torch.Tensor, returns: torch.Tensor, mask: torc
 
 def discounted_sum(values: torch.Tensor, factor: float) -> torch.Tensor:
     """out_t = values_t + factor * out_{t+1}, along the last axis."""
-    out, running = torch.empty_like(values), torch.zeros_like(values[..., 0])
-    for t in reversed(range(values.shape[-1])):
-        running = values[..., t] + factor * running
-        out[..., t] = running
-    return out
+    t = torch.arange(values.shape[-1], dtype=torch.float64, device=values.device)
+    ahead = (t[:, None] - t).tril()              # s - t for s >= t: row s, column t
+    weights = (factor ** ahead).tril().to(values.dtype)
+    return values @ weights
 
 
 def advantages(observation: torch.Tensor, reward: torch.Tensor, mask: torch.Tensor,

@@ -108,13 +108,15 @@ class AntGoal(MujocoFamily):
 
     # ---- settings, tables, films
     settings = dict(
-        expert_iterations=100, expert_episodes=1, expert_updates=800, expert_width=256,
-        expert_learning_rate=1e-3, expert_discount=0.99, expert_return_steps=10,
-        expert_reward_scale=1.0, expert_noise_correlation=0.9, demonstration_episodes=4,
-        imitation_steps=1000, discount=0.99, gae_lambda=0.95, noise_correlation=0.9,
-        max_weight=2.0, init_std=0.4, min_std=0.3, episodes=24, inner_every=4, test_episodes=50,
-        later_steps="climbing", collections=8, meta_batch=10, meta_steps=150, imitation_batch=800,
-        pre_update_imitation=1.0, init_step_size=0.02, step_size_learning_rate=6e-3)
+        expert_iterations=150, expert_updates=300, expert_batch=256, expert_learning_rate=2e-3,
+        expert_discount=0.99, expert_return_steps=10, expert_reward_scale=1.0,
+        expert_noise_correlation=0.9, imitation_steps=1000, discount=0.99, gae_lambda=0.95,
+        noise_correlation=0.9, init_std=0.4, min_std=0.3, episodes=16, shared_episodes=0,
+        later_episodes=4, inner_every=4, inner_steps=2, later_steps="climbing", meta_steps=150,
+        meta_batch=10, imitation_batch=800, pre_update_imitation=1.0, init_step_size=0.02,
+        learning_rate=3e-3, step_size_learning_rate=6e-3)
+    local_settings = dict(expert_iterations=100, expert_episodes=20, expert_batch=128,
+                          expert_updates=400)
     paper_settings = dict(training_tasks=40, episodes=50, test_episodes=50)
     table = ("final distance (m)", 1.0, 3)
     published = {"experts_training": "539, 0.31 m (10 goals, authors' simulator)",
