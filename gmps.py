@@ -45,7 +45,7 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
     theta, alpha = learner.theta, learner.alpha
     # 3. Repeat, with theta_0 <- theta:
     while learner.begin_collection():
-        # 3a. D_i: K episodes of pi_theta_0 on each task (further inner steps: K of pi_phi each).
+        # 3a. D_i: episodes of pi_theta_0 for each task (further inner steps: of pi_phi_i).
         collected = collect(learner, problem)
         # 3b. Many meta-steps on the same D_i, each on some of the tasks.
         for _ in range(settings.meta_steps):

@@ -87,7 +87,7 @@ def make_parser(method: str) -> Parser:
     option("--gradient-steps", type=int,
            help="with --evaluate: rounds of adaptation (default 5; 20 with --extrapolate)")
     option("--rollouts", type=int, help="with --evaluate: episodes per task and round (default "
-           "20, ant 50)")
+           "20)")
     option("--extrapolate", action="store_true",
            help="with --evaluate: goals outside the training range, and the figure (ant)")
     return parser
@@ -161,7 +161,7 @@ def choose_settings(options, task: str, seed: int,
                  "reward": family.reward}
         if options.experts is not None:
             given["experts"] = options.experts
-        # Later ones win: family, local experts, --quick, --set, options.
+        # Later ones win: family, --preset, local experts, --quick, --set, options.
         preset = dict(family.settings)
         if options.preset == "paper":
             preset |= settings_module.PAPER | family.paper_settings

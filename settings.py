@@ -31,7 +31,7 @@ def any_word(default, help):
 
 @dataclass(frozen=True)
 class Settings:
-    # ---- Run (the command line has options of its own for the first five)
+    # ---- Run (the command line has options of its own for the first six)
     preset: str = one_of("ours", ("ours", "paper"),
                          "ours; or the settings of the paper and the release, see --preset")
     task: str = any_word("push", "task family, a name of tasks.TASKS")

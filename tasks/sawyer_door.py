@@ -1,7 +1,7 @@
 """Sawyer door: open a door by its handle to a hidden angle; and a scripted expert for it.
 
-Source: the paper's door task with the constants of the authors' release where it gives them, see
-tasks/sawyer.py. Masses, the handle's two boxes and the hinge's range are [ours].
+Source: the paper's door task with the constants of the authors' release, see tasks/sawyer.py. The
+scripted expert and the hardness of the door's contacts are [ours].
 """
 import numpy as np
 
@@ -11,8 +11,8 @@ from tasks.sawyer import SawyerFamily, numbers, sawyer_xml, sensed_positions, se
 # The closed door's frame, turned about z [release]. Hinge and handle are given in that frame.
 DOOR_CENTRE, DOOR_TURN = np.array([0.0, 1.0, 0.3]), -1.57
 HINGE = np.array([0.0, 0.2, 0.0])     # the vertical edge far from the handle
-GRASP = np.array([0.1, -0.1, 0.0])    # the middle of that bar [release]
 BAR = np.array([0.01, 0.1, 0.01])     # half sizes of the handle's bar, along the panel [release]
+GRASP = np.array([0.1, -0.1, 0.0])    # the middle of that bar [release]
 # From the hand's centre to a claw's inner face along y; half a claw's width along x.
 CLAW_GAP, CLAW_WIDTH = 0.045, 0.015
 

@@ -1,0 +1,196 @@
+"""Undo one deviation at a time, and measure what that costs.
+
+    python tools/ablations.py --task push --seeds 3     # runs what is missing, two at a time
+    python tools/ablations.py --task push --show        # table and figure of what is there
+
+Every run is `run.py` on one thread with one setting changed. What leaves the experts alone takes
+those of the recipe's run with the same seed; their steps are counted all the same. Each policy then
+adapts to 40 validation goals, never to the held-out ones. Kept: results/ablations/TASK/NAME/
+seedS.json. A command that was stopped goes on where it was.
+"""
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import run  # noqa: E402
+from checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
+from evaluate import by_round, mean_of  # noqa: E402
+from tasks import make_family, task_set  # noqa: E402
+
+GOALS, ROUNDS = 40, 3
+# Name of the run: what it changes. "recipe" changes nothing.
+ABLATIONS = {
+    "push": {
+        "recipe": {},
+        "own episodes": {"shared_episodes": 0, "episodes": 3},
+        "no reuse": {"reuse": 0},
+        "one inner step": {"inner_steps": 1},
+        "step sizes per step": {"step_sizes": "per step"},
+        "alpha from 0.5": {"init_step_size": 0.5},
+        "slow alpha": {"step_size_learning_rate": 1e-3},
+        "log-std adapts": {"adapt_std": "yes"},
+        "full later steps": {"later_steps": "full"},
+        "long horizon": {"discount": 0.99, "gae_lambda": 1.0},
+        "plain baseline": {"baseline": "squares"},
+        "advantages per task": {"advantage_scale": "per task"},
+        "w unbounded": {"max_weight": 1e30},
+        "random start": {"imitation_steps": 0},
+        "mean action imitated": {"imitated_action": "mean"},
+        "no pre-update loss": {"pre_update_imitation": 0.0},
+        "learning rate 1e-3": {"learning_rate": 1e-3},
+        "constant rates": {"final_rate": 1.0},
+        "no warm-up": {"warm_up_steps": 1},
+        "no clipping": {"clip_norm": 1e6},
+        "all tasks per meta-step": {"meta_batch": 20},
+        "std from 1, no floor": {"init_std": 1.0, "min_std": 1e-6},
+        "no floor of std": {"min_std": 1e-6},
+        "no aggregation": {"aggregation_episodes": 0},
+        "clean demonstrations": {"demonstration_noise": 0.0},
+        "raw observations": {"observations": "raw"},
+        "experts: no relabelling": {"expert_relabelled": 0.0},
+        "experts: discount 0.99": {"expert_discount": 0.99},
+        "experts: tau 0.005": {"expert_target_rate": 0.005},
+        "experts: learning rate 3e-4": {"expert_learning_rate": 3e-4},
+        "experts: rewards as they are": {"expert_reward_scale": 1.0},
+    },
+    "ant": {
+        "recipe": {},
+        "white noise": {"noise_correlation": 0.0},
+        "experts: white noise": {"expert_noise_correlation": 0.0},
+        "experts: one-step targets": {"expert_return_steps": 1},
+        "all time steps": {"inner_every": 1},
+        "weak pre-update loss": {"pre_update_imitation": 0.3},
+        "shrinking later steps": {"later_steps": "shrinking"},
+    },
+    "door": {
+        "recipe": {},
+        "no detours": {"demonstration_detours": 0},
+        "pre-update policy: all angles": {"pre_update_tasks": 0},
+        "one advantage scale": {"advantage_scale": "common"},
+        "one alpha": {"step_sizes": "one"},
+    },
+}
+
+
+def place(task: str, name: str, seed: int) -> Path:
+    return ROOT / "runs" / "ablations" / task / name.replace(" ", "_") / f"seed{seed}"
+
+
+def kept(task: str, name: str, seed: int) -> Path:
+    return ROOT / "results" / "ablations" / task / name.replace(" ", "_") / f"seed{seed}.json"
+
+
+def command(task: str, seed: int, changes: dict, out: Path) -> list[str]:
+    """Arguments of run.py."""
+    changed = [f"--set={key}={value}" for key, value in (changes | {"curve": 0}).items()]
+    return ["--task", task, "--seed", str(seed), "--threads", "1", "--out", str(out), *changed]
+
+
+def lend_experts(task: str, name: str, seed: int) -> None:
+    """Give a run the experts of the recipe's run, if it leaves them alone."""
+    changes, out = ABLATIONS[task][name], place(task, name, seed)
+    lender = place(task, "recipe", seed) / "experts.pt"
+    if name == "recipe" or (out / "experts.pt").exists() or not lender.exists() or any(
+            key.startswith("expert_") for key in changes):
+        return
+    settings = run.choose_settings(run.parse(command(task, seed, changes, out)), task, seed)
+    content = load_checkpoint(lender, "experts")
+    content = {key: value for key, value in content.items()
+               if key not in ("format", "kind", "settings")}
+    out.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(out / "experts.pt", "experts", settings, content)
+
+
+def one(task: str, name: str, seed: int) -> None:
+    """One run and its validation, unless they are kept already."""
+    out, target = place(task, name, seed), kept(task, name, seed)
+    if target.exists():
+        return
+    lend_experts(task, name, seed)
+    goals = ROOT / "runs" / "ablations" / task / "goals.npy"
+    goals.parent.mkdir(parents=True, exist_ok=True)
+    np.save(goals, task_set(make_family(task), "validation", GOALS))
+    arguments = command(task, seed, ABLATIONS[task][name], out)
+    validation = ["--task", task, "--evaluate", str(out), "--goals", str(goals), "--threads", "1",
+                  "--gradient-steps", str(ROUNDS), "--out", str(out / "validation")]
+    for part in (arguments, validation):
+        done = subprocess.run([sys.executable, str(ROOT / "run.py"), *part], capture_output=True,
+                              text=True)
+        if done.returncode:
+            print(f"{task}, {name}, seed {seed} failed: {done.stderr.strip().splitlines()[-1]}")
+            return
+    trained, tested = (json.loads((folder / "result.json").read_text())
+                       for folder in (out, out / "validation"))
+    rounds = by_round(tested["held_out"])
+    row = {"command": "python run.py " + " ".join(arguments[:-1]), "task": task, "name": name,
+           "changes": ABLATIONS[task][name], "seed": seed, "commit": trained["commit"],
+           "machine": trained["machine"], "env_steps": trained["env_steps"],
+           "wall_seconds": trained["wall_seconds"],
+           **{key: [mean_of(entries, key) for entries in rounds]
+              for key in ("return", "final_distance")}}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(row, indent=1) + "\n")
+    print(f"{task}, {name}, seed {seed}: return {row['return'][1]:.0f}, then "
+          f"{row['return'][3]:.0f}", flush=True)
+
+
+def effects(task: str, key: str, k: int) -> dict[str, np.ndarray]:
+    """{name: differences to the recipe after k steps, one for each seed that both have}."""
+    def of(name):
+        folder = kept(task, name, 0).parent
+        rows = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
+        return {row["seed"]: row[key][k] for row in rows}
+    recipe = of("recipe")
+    out = {}
+    for name in ABLATIONS[task]:
+        mine = of(name)
+        seeds = sorted(mine.keys() & recipe.keys())
+        if seeds and name != "recipe":
+            out[name] = np.array([mine[seed] - recipe[seed] for seed in seeds])
+    return out
+
+
+def show(task: str) -> str:
+    """Table: the effect of every ablation, its mean and each seed's."""
+    title, unit, digits = make_family(task).table
+    first, third = (effects(task, "return", k) for k in (1, 3))
+    near = effects(task, "final_distance", 3)
+    lines = [f"| undone | setting | return after 1 step | after 3 steps | {title} after 3 steps |",
+             "|---|---|---|---|---|"]
+    for name in sorted(first, key=lambda name: third[name].mean()):
+        setting = ", ".join(f"{key}={value}" for key, value in ABLATIONS[task][name].items())
+        cells = [f"{part[name].mean():+.0f} ({', '.join(f'{x:+.0f}' for x in part[name])})"
+                 for part in (first, third)]
+        distances = unit * near[name]
+        cells.append(f"{distances.mean():+.{digits}f}")
+        lines.append(f"| {name} | `{setting}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=ABLATIONS, default="push")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
+    parser.add_argument("--only", nargs="*", help="names of ablations (default: all)")
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    names = [name for name in ABLATIONS[options.task] if name != "recipe"
+             and (not options.only or name in options.only)]
+    if not options.show:
+        with ThreadPoolExecutor(2) as pool:  # two processes of one thread each
+            for part in (["recipe"], names):
+                list(pool.map(lambda job: one(options.task, *job),
+                              [(name, seed) for name in part for seed in range(options.seeds)]))
+    print(show(options.task))
+
+
+if __name__ == "__main__":
+    main()
