@@ -27,7 +27,8 @@ class SawyerPushVision(SawyerPush):
     observation_centre, observation_scale = np.array([0.0, 0.6, 0.1]), np.full(3, 0.1)
     baseline_products = [0, 1, 2]
     # Labels come from the demonstrations alone.
-    settings = dict(inner_steps=1, aggregation_episodes=0)
+    settings = dict(demonstration_episodes=8, shared_episodes=100, inner_steps=1,
+                    imitation_batch=60, aggregation_episodes=0)
     published = {}
 
     @property
