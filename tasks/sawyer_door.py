@@ -76,7 +76,7 @@ class SawyerDoor(SawyerFamily):
         experts="scripted", demonstration_episodes=12, demonstration_detours=6,
         pre_update_tasks=12, pre_update_imitation=1.0, advantage_scale="per task",
         aggregation_episodes=0, step_sizes="per step", inner_steps=2, shared_episodes=100,
-        later_episodes=3, collections=6, meta_steps=100)
+        later_episodes=3, collections=6, meta_steps=200)
     table = ("angle error (degrees)", np.degrees(1.0), 1)
     goal_size, frames_every = (0.012, 0.012, 0.012), 2
 
