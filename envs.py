@@ -10,6 +10,7 @@ for families that bring a plain `gymnasium.Env`, at gymnasium's own speed.
 
 Lengths are in metres, angles in radians, times in seconds throughout.
 """
+import copy
 import warnings
 
 import gymnasium
@@ -64,7 +65,7 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         # Model, cameras, and the one start state
         self.model = mujoco.MjModel.from_xml_string(self.family.xml())
-        self._sensing = mujoco.MjModel.from_xml_string(self.family.xml())
+        self._sensing = copy.copy(self.model)  # with options of its own, see `_sense`
         self._sensing.opt.integrator = mujoco.mjtIntegrator.mjINT_EULER
         self._renderer = None
         self._camera = Camera(self.family) if self.family.image_shape else None

@@ -12,6 +12,7 @@ import math
 
 import torch
 
+from policy import uniform
 from settings import Settings
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
@@ -25,10 +26,8 @@ def init_mlp(sizes: list[int], learners: int, generator: torch.Generator) -> lis
     """
     params = []
     for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
-        bound = 1.0 / math.sqrt(fan_in)
-        for rows in (fan_in, 1):
-            unit = torch.rand(learners, rows, fan_out, generator=generator) * 2 - 1
-            params.append(unit * bound)
+        params += [uniform((learners, rows, fan_out), fan_in, generator, torch.float32)
+                   for rows in (fan_in, 1)]
     return params
 
 

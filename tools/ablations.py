@@ -1,7 +1,7 @@
 """Undo one deviation at a time, and measure what that costs.
 
     python tools/ablations.py --task push --seeds 3     # runs what is missing, two at a time
-    python tools/ablations.py --task push --show        # table and figure of what is there
+    python tools/ablations.py --task push --show        # the table of what is there
 
 Every run is `run.py` on one thread with one setting changed. What leaves the experts alone takes
 those of the recipe's run with the same seed; their steps are counted all the same. Each policy then
@@ -10,6 +10,7 @@ seedS.json. A command that was stopped goes on where it was.
 """
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import run  # noqa: E402
-from checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
+from checkpoints import load_checkpoint, save_checkpoint, write_json  # noqa: E402
 from evaluate import by_round, mean_of  # noqa: E402
 from tasks import make_family, task_set  # noqa: E402
 
@@ -79,8 +80,12 @@ ABLATIONS = {
 }
 
 
+def work_folder(task: str) -> Path:
+    return ROOT / "runs" / "ablations" / task
+
+
 def place(task: str, name: str, seed: int) -> Path:
-    return ROOT / "runs" / "ablations" / task / name.replace(" ", "_") / f"seed{seed}"
+    return work_folder(task) / name.replace(" ", "_") / f"seed{seed}"
 
 
 def kept(task: str, name: str, seed: int) -> Path:
@@ -114,12 +119,10 @@ def one(task: str, name: str, seed: int) -> None:
     if target.exists():
         return
     lend_experts(task, name, seed)
-    goals = ROOT / "runs" / "ablations" / task / "goals.npy"
-    goals.parent.mkdir(parents=True, exist_ok=True)
-    np.save(goals, task_set(make_family(task), "validation", GOALS))
     arguments = command(task, seed, ABLATIONS[task][name], out)
-    validation = ["--task", task, "--evaluate", str(out), "--goals", str(goals), "--threads", "1",
-                  "--gradient-steps", str(ROUNDS), "--out", str(out / "validation")]
+    validation = ["--task", task, "--evaluate", str(out), "--threads", "1",
+                  "--goals", str(work_folder(task) / "goals.npy"), "--gradient-steps",
+                  str(ROUNDS), "--out", str(out / "validation")]
     for part in (arguments, validation):
         done = subprocess.run([sys.executable, str(ROOT / "run.py"), *part], capture_output=True,
                               text=True)
@@ -129,14 +132,15 @@ def one(task: str, name: str, seed: int) -> None:
     trained, tested = (json.loads((folder / "result.json").read_text())
                        for folder in (out, out / "validation"))
     rounds = by_round(tested["held_out"])
-    row = {"command": "python run.py " + " ".join(arguments[:-1]), "task": task, "name": name,
+    shown = shlex.join(arguments).replace(f"{ROOT}/", "")  # no path of this machine
+    row = {"command": f"python run.py {shown}", "task": task, "name": name,
            "changes": ABLATIONS[task][name], "seed": seed, "commit": trained["commit"],
            "machine": trained["machine"], "env_steps": trained["env_steps"],
            "wall_seconds": trained["wall_seconds"],
            **{key: [mean_of(entries, key) for entries in rounds]
               for key in ("return", "final_distance")}}
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(row, indent=1) + "\n")
+    write_json(target, row)
     print(f"{task}, {name}, seed {seed}: return {row['return'][1]:.0f}, then "
           f"{row['return'][3]:.0f}", flush=True)
 
@@ -185,6 +189,9 @@ def main() -> None:
     names = [name for name in ABLATIONS[options.task] if name != "recipe"
              and (not options.only or name in options.only)]
     if not options.show:
+        work_folder(options.task).mkdir(parents=True, exist_ok=True)
+        np.save(work_folder(options.task) / "goals.npy",
+                task_set(make_family(options.task), "validation", GOALS))
         with ThreadPoolExecutor(2) as pool:  # two processes of one thread each
             for part in (["recipe"], names):
                 list(pool.map(lambda job: one(options.task, *job),
