@@ -28,7 +28,7 @@ import settings as settings_module
 from local_policies import Demonstrations, load_demonstrations
 from tasks.base import TaskFamily, check_tasks
 
-FORMAT = "gmps checkpoint 3"  # raise the number when old files can no longer be read
+FORMAT = "gmps checkpoint 4"  # raise the number when old files can no longer be read
 DIGEST = b"sha256:"           # then 64 hexadecimal digits, at the end of a checkpoint
 
 
@@ -158,11 +158,10 @@ def read_demonstrations(path: Path, family: TaskFamily) -> tuple[np.ndarray, Dem
 
 # ---------------------------------------------------------------- what a run counts
 # Of metrics.csv; a method's further metrics follow. imitation_k: the last meta-step's imitation
-# loss after k inner steps. weight: w of the inner loss after that meta-step.
+# loss after k = 0, 1 inner steps. weight: w of the inner loss after that meta-step.
 COLUMNS = ("phase", "iteration", "env_steps", "return", "distance", "adapted_return",
-           "adapted_distance", "imitation_0", "imitation_1", "imitation_2", "imitation_3",
-           "gradient_norm", "weight_mean", "weight_max", "temperature", "critic_loss",
-           "policy_loss", "divergences")
+           "adapted_distance", "imitation_0", "imitation_1", "gradient_norm", "weight_mean",
+           "weight_max", "temperature", "critic_loss", "policy_loss", "divergences")
 
 
 class Journal:

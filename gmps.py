@@ -45,14 +45,14 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
     theta, alpha = learner.theta, learner.alpha
     # 3. Repeat, with theta_0 <- theta:
     while learner.begin_collection():
-        # 3a. D_i: episodes of pi_theta_0 for each task (further inner steps: of pi_phi_i).
+        # 3a. D_i: episodes of pi_theta_0 for each task.
         collected = collect(learner, problem)
         # 3b. Many meta-steps on the same D_i, each on some of the tasks.
         for _ in range(settings.meta_steps):
             meta_batch, labels = learner.sample(collected, demonstrations)
-            phis = adapt(theta, alpha, meta_batch, settings)        # inner: theta -> phi_i on D_i
-            loss, info = outer_loss(theta, phis, labels, settings)  # outer: phi_i imitates D*_i
-            learner.minimise(loss, info)                            # Adam on theta and alpha
+            phi = adapt(theta, alpha, meta_batch, settings)        # inner: theta -> phi_i on D_i
+            loss, info = outer_loss(theta, phi, labels, settings)  # outer: phi_i imitates D*_i
+            learner.minimise(loss, info)                           # Adam on theta and alpha
         # 3c. Roll out pi_phi_i, label the visited states with pi*_i, add them to D*_i.
         aggregate(learner, problem, collected, demonstrations, experts)
         yield learner.state(), learner.metrics()
@@ -61,47 +61,39 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
     problem.meta_test(Adapter(learner.policy(), problem.family, settings, problem.device))
 
 
-# ---------------------------------------------------------------- 3a: rollouts for the inner steps
-def collect(learner: "MetaLearner", problem) -> list[dict]:
-    """Step 3a: D_i of all tasks for each inner step, tensors (n, episodes, T, ...).
+# ---------------------------------------------------------------- 3a: rollouts for the inner step
+def collect(learner: "MetaLearner", problem) -> dict:
+    """Step 3a: D_i of all tasks, tensors (n, episodes, T, ...), from pi_theta_0.
 
-    The first are from pi_theta_0: their "behaviour_log_prob" is all that must be kept of theta_0.
-    With several inner steps [ours], the next are from the policies after one of them, and so on.
+    Their "behaviour_log_prob" is all that must be kept of theta_0. D_i holds the episodes of
+    earlier collections, too (`reuse`).
 
-    [ours] With `shared_episodes` all tasks share the first ones. pi_theta_0 is the same on every
+    [ours] With `shared_episodes` all tasks share their episodes. pi_theta_0 is the same on every
     task, and so are the dynamics. A task decides about rewards alone, and meta-training knows how.
     """
-    settings, family, collected = learner.settings, problem.family, []
-    for k in range(settings.inner_steps):
-        shared = settings.shared_episodes if k == 0 and family.outcome_size else 0
-        if shared:
-            phi = per_task(detached(learner.theta), 1)
-            tasks, count = np.resize(problem.tasks, (shared, family.task_size)), 1
-        else:
-            phi, tasks = learner.current_phi(collected), problem.tasks
-            count = settings.later_episodes if k else settings.episodes
-        actor = Actor(phi, family, settings, learner.generator)
-        episodes = problem.rollout(actor, tasks, count)
-        learner.count("" if k == 0 else None, episodes)
-        explored = actor.explored(episodes)
-        if shared:
-            explored = for_all_tasks(explored, episodes, family, problem.tasks)
-        collected.append(learner.remember(k, explored))
-    learner.batches(collected, np.arange(learner.n))  # fixes the scales by all tasks
-    return collected
+    settings, family = learner.settings, problem.family
+    shared = settings.shared_episodes if family.outcome_size else 0
+    count = 1 if shared else settings.episodes
+    tasks = np.resize(problem.tasks, (shared, family.task_size)) if shared else problem.tasks
+    phi = per_task(detached(learner.theta), 1 if shared else learner.n)
+    actor = Actor(phi, family, settings, learner.generator)
+    episodes = problem.rollout(actor, tasks, count)
+    learner.count("", episodes)
+    explored = actor.explored(episodes)
+    if shared:
+        explored = for_all_tasks(explored, episodes, family, problem.tasks)
+    return learner.remember(explored)
 
 
 # ---------------------------------------------------------------- 3b, inner: a policy gradient step
 def init_step_sizes(theta: Params, settings: Settings) -> Params:
-    """alpha: a step size for every element of theta, (S, *shape).
+    """alpha: a step size for every element of theta.
 
-    S is 1 if all inner steps share one alpha, else settings.inner_steps. Convolutions do not adapt
-    [release]. Nor does log-std, with adapt_std "no" [ours]: its step size stays 0. The outer loss
-    sees mean actions only, so nothing would stop adaptation from raising the noise. theta's log-std
-    itself is meta-learned.
+    Convolutions do not adapt [release]. Nor does log-std, with adapt_std "no" [ours]: its step size
+    stays 0. The outer loss sees mean actions only, so nothing would stop adaptation from raising
+    the noise. theta's log-std itself is meta-learned.
     """
-    steps = settings.inner_steps if settings.step_sizes == "per step" else 1
-    alpha = {name: torch.full_like(value, settings.init_step_size).repeat(steps, 1, 1)
+    alpha = {name: torch.full_like(value, settings.init_step_size)
              for name, value in theta.items() if not is_convolution(name)}
     if settings.adapt_std == "no":
         alpha["log_std"] = torch.zeros_like(alpha["log_std"])
@@ -109,18 +101,14 @@ def init_step_sizes(theta: Params, settings: Settings) -> Params:
 
 
 def step_sizes(alpha: Params, k: int, settings: Settings) -> Params:
-    """alpha of gradient step k = 0, 1, ... Steps after the trained ones are [ours].
+    """alpha of gradient step k = 0, 1, ... Meta-training takes one; those after it are [ours].
 
-    Full steps overshoot there. "shrinking": each step size is a quarter of the one before.
-    "climbing": each is 0.4 of alpha, with negative entries set to 0. These go against the reward's
-    gradient, which can help in trained steps only. "full": as the last trained one [release].
+    Full steps overshoot there. "climbing": 0.4 of alpha, with negative entries set to 0. These go
+    against the reward's gradient, which can help in the first step only. "full": alpha [release].
     """
-    later = k + 1 - settings.inner_steps
-    if later <= 0 or settings.later_steps == "full":
-        return {name: value[min(k, len(value) - 1)] for name, value in alpha.items()}
-    if settings.later_steps == "climbing":
-        return {name: (0.4 * value[-1]).clamp(min=0) for name, value in alpha.items()}
-    return {name: 0.25 ** later * value[-1] for name, value in alpha.items()}
+    if k == 0 or settings.later_steps == "full":
+        return alpha
+    return {name: (0.4 * value).clamp(min=0) for name, value in alpha.items()}
 
 
 def importance_weights(log_p: torch.Tensor, batch: dict, settings: Settings) -> torch.Tensor:
@@ -155,32 +143,27 @@ def inner_step(phi: Params, alpha: Params, batch: dict, settings: Settings,
     return phi | {name: phi[name] - alpha[name] * g for name, g in zip(alpha, gradient)}
 
 
-def adapt(theta: Params, alpha: Params, batches: list[dict], settings: Settings,
-          first_order: bool = False, n: int | None = None) -> list[Params]:
-    """[phi_0, phi_1, ...]: theta for each of n tasks, then phi after each inner step."""
-    n = len(batches[0]["mask"]) if n is None else n
-    phis = [{name: value.clone() for name, value in per_task(theta, n).items()}]
-    for k, batch in enumerate(batches):
-        phis.append(inner_step(phis[-1], step_sizes(alpha, k, settings), batch, settings,
-                               first_order))
-    return phis
+def adapt(theta: Params, alpha: Params, batch: dict, settings: Settings,
+          first_order: bool = False) -> Params:
+    """phi_i, theta after one inner step, for each of the n tasks of the batch."""
+    phi = {name: value.clone() for name, value in per_task(theta, len(batch["mask"])).items()}
+    return inner_step(phi, alpha, batch, settings, first_order)
 
 
 # ---------------------------------------------------------------- 3b, outer: imitate the expert
-def outer_loss(theta: Params, phis: list[Params], labels: dict,
+def outer_loss(theta: Params, phi: Params, labels: dict,
                settings: Settings) -> tuple[torch.Tensor, dict]:
-    """The meta-objective: imitation after adaptation, averaged over phi_1, phi_2, ... [ours].
+    """The meta-objective: pi_phi_i imitates expert i.
 
-    `phis` is from `adapt`, `labels["adapted"]` = (x, a*) of its tasks. [ours] The loss of phi_0 is
-    added with a weight: the paper's objective has no gradient that improves what theta's episodes
-    visit. phi_0 imitates the same labels or, if given, those of "pre_update" (other tasks).
+    `labels["adapted"]` = (x, a*) of phi's tasks. [ours] The loss of theta itself is added with a
+    weight: the paper's objective has no gradient that improves what theta's episodes visit. theta
+    imitates the same labels or, if given, those of "pre_update" (other tasks).
     """
-    losses = [imitation_loss(phi, *labels["adapted"], settings) for phi in phis]
-    if "pre_update" in labels:
-        x, expert_action = labels["pre_update"]
-        losses[0] = imitation_loss(per_task(theta, len(x)), x, expert_action, settings)
-    loss = sum(losses[1:]) / (len(phis) - 1) + settings.pre_update_imitation * losses[0]
-    return loss, {f"imitation_{k}": value.detach() for k, value in enumerate(losses)}
+    after = imitation_loss(phi, *labels["adapted"], settings)
+    x, expert_action = labels.get("pre_update", labels["adapted"])
+    before = imitation_loss(per_task(theta, len(x)), x, expert_action, settings)
+    loss = after + settings.pre_update_imitation * before
+    return loss, {"imitation_0": before.detach(), "imitation_1": after.detach()}
 
 
 # ---------------------------------------------------------------- 3c: aggregation
@@ -192,22 +175,25 @@ def aggregate(learner: "MetaLearner", problem, collected, demonstrations, expert
     settings = learner.settings
     if experts is None or settings.aggregation_episodes == 0:
         return
-    actor = Actor(learner.current_phi(collected), problem.family, settings, learner.generator)
+    batch = learner.batch(collected, np.arange(learner.n))
+    phi = adapt(learner.theta, learner.alpha, batch, settings, first_order=True)
+    actor = Actor(detached(phi), problem.family, settings, learner.generator)
     episodes = problem.rollout(actor, problem.tasks, settings.aggregation_episodes)
     learner.count("adapted_", episodes)
-    demonstrations.add_visited(episodes, experts, problem.tasks)
+    inputs = actor.explored(episodes)["features"]
+    demonstrations.add_visited(inputs, episodes, experts, problem.tasks)
 
 
 # ---------------------------------------------------------------- what meta-training updates
 class MetaLearner:
-    """What `train` updates: theta, alpha, Adam, advantage scales; and random streams, counts."""
+    """What `train` updates: theta, alpha, Adam, the advantages' scale; random streams, counts."""
 
     def __init__(self, problem, demonstrations, settings: Settings, state: dict | None = None):
         self.family, self.settings, self.demonstrations = problem.family, settings, demonstrations
         self.device, self.n = problem.device, len(problem.tasks)
         self.products = baseline_products(problem.family, settings)
         self.given = demonstrations.actions.shape[1]  # labelled states per task before step 3c
-        self.scales, self.collection, self.env_steps, self.memory = [], 0, 0, []
+        self.scale, self.collection, self.env_steps, self.memory = None, 0, 0, []
         pre_update = min(settings.pre_update_tasks, self.n)
         self.pre_update_tasks = np.arange(self.n - pre_update, self.n)
         if state is None:
@@ -219,23 +205,23 @@ class MetaLearner:
         else:
             theta, alpha = state["policy"]["theta"], state["policy"]["alpha"]
             self.no_adaptation = state["policy"]["no_adaptation"]
-            self.scales = list(state["policy"]["scales"])
+            self.scale = state["policy"]["scale"]
         self.theta, self.alpha = (
             {name: value.to(self.device).requires_grad_() for name, value in detached(part).items()}
             for part in (theta, alpha))
         self.alpha["log_std"].requires_grad_(settings.adapt_std == "yes")
         self.optimiser = torch.optim.Adam([{"params": list(self.theta.values())},
                                            {"params": list(self.alpha.values())}])
+        demonstrations.freeze(self.family, self.theta)  # convolutions are fixed [ours]: run once
         training = None if state is None else state["training"]
         if training is not None:
             self.optimiser.load_state_dict(copy.deepcopy(training["optimiser"]))
             self.collection, self.env_steps = training["collection"], training["env_steps"]
             self.memory = copy.deepcopy(training["memory"])
-            demonstrations.add(*(part.numpy() for part in training["aggregated"]))
+            inputs, actions, mask = training["aggregated"]
+            demonstrations.add(inputs, actions.numpy(), mask.numpy())
         elif state is not None:  # the state of a finished run
             self.collection = settings.collections
-        if demonstrations.images is not None:  # convolutions are fixed [ours]: run once
-            demonstrations.freeze_images(self.family, self.theta)
 
     def begin_collection(self) -> bool:
         """Begin a collection, with random streams of its own. False: all are done."""
@@ -247,34 +233,20 @@ class MetaLearner:
         self.meta_step, self.row = 0, {"divergences": 0}
         return True
 
-    def remember(self, k: int, explored: dict) -> dict:
-        """The episodes of inner step k: these and those of the last `reuse` collections."""
-        if k == len(self.memory):
-            self.memory.append([])
-        self.memory[k] = [*self.memory[k], explored][-1 - self.settings.reuse:]
-        return {name: torch.cat([part[name] for part in self.memory[k]], dim=1)
-                for name in explored}
+    def remember(self, explored: dict) -> dict:
+        """These episodes and those of the last `reuse` collections, together."""
+        self.memory = [*self.memory, explored][-1 - self.settings.reuse:]
+        return {name: torch.cat([part[name] for part in self.memory], dim=1) for name in explored}
 
-    def batches(self, collected: list[dict], some: np.ndarray) -> list[dict]:
-        """Batches of the tasks `some` for each inner step, from K random episodes of each task.
+    def batch(self, collected: dict, some: np.ndarray) -> dict:
+        """The inner step's batch of the tasks `some`, from K random episodes of each.
 
-        The first non-zero advantages of an inner step fix their scale for the run.
+        The first non-zero advantages fix their scale for the run.
         """
-        out = []
-        for k, stored in enumerate(collected):
-            episodes = draw_episodes(stored, some, self.settings.episodes, self.rng)
-            fixed = self.scales[k] if k < len(self.scales) else None
-            batch, scale = policy_gradient_batch(episodes, self.products, self.settings, fixed,
-                                                 self.device)
-            self.scales[k:k + 1] = [scale]
-            out.append(batch)
-        return out
-
-    def current_phi(self, collected: list[dict]) -> Params:
-        """phi of all tasks after an inner step on each of `collected`, as plain numbers."""
-        batches = self.batches(collected, np.arange(self.n))
-        return detached(adapt(self.theta, self.alpha, batches, self.settings, first_order=True,
-                              n=self.n)[-1])
+        episodes = draw_episodes(collected, some, self.settings.episodes, self.rng)
+        batch, self.scale = policy_gradient_batch(episodes, self.products, self.settings,
+                                                  self.scale, self.device)
+        return batch
 
     def count(self, name: str | None, episodes: dict) -> None:
         """Count env steps. With a name, note return and distance in columns that start with it."""
@@ -284,8 +256,8 @@ class MetaLearner:
             self.row[f"{name}return"] = float(episodes["rewards"].sum(1).mean())
             self.row[f"{name}distance"] = float(episodes["distances"][:, -1].mean())
 
-    def sample(self, collected: list[dict], demonstrations) -> tuple[list[dict], dict]:
-        """A meta-batch of random tasks: their inner batches, and labels for the outer loss."""
+    def sample(self, collected: dict, demonstrations) -> tuple[dict, dict]:
+        """A meta-batch of random tasks: their inner batch, and labels for the outer loss."""
         some = self.rng.permutation(self.n)[:self.settings.meta_batch]
 
         def labels(tasks):
@@ -294,7 +266,7 @@ class MetaLearner:
         sampled = {"adapted": labels(some)}
         if len(self.pre_update_tasks):
             sampled["pre_update"] = labels(self.pre_update_tasks)
-        self.meta_batch = self.batches(collected, some)
+        self.meta_batch = self.batch(collected, some)
         return self.meta_batch, sampled
 
     def minimise(self, loss: torch.Tensor, info: dict) -> None:
@@ -322,7 +294,7 @@ class MetaLearner:
     def policy(self) -> dict:
         """What `Adapter` needs."""
         return {"theta": detached(self.theta), "alpha": detached(self.alpha),
-                "scales": list(self.scales), "no_adaptation": detached(self.no_adaptation)}
+                "scale": self.scale, "no_adaptation": detached(self.no_adaptation)}
 
     def state(self) -> dict:
         """A copy of all that resuming needs."""
@@ -334,11 +306,11 @@ class MetaLearner:
 
     def metrics(self) -> dict:
         """A row of metrics.csv: losses of the last meta-step, and w after that step."""
-        phis = adapt(self.theta, self.alpha, self.meta_batch, self.settings, first_order=True)
+        batch = self.meta_batch
         with torch.no_grad():
-            weight = torch.cat([importance_weights(
-                log_prob(phi, batch["features"], batch["action"], self.settings), batch,
-                self.settings)[batch["mask"] > 0] for phi, batch in zip(phis, self.meta_batch)])
+            log_p = log_prob(per_task(self.theta, len(batch["mask"])), batch["features"],
+                             batch["action"], self.settings)
+            weight = importance_weights(log_p, batch, self.settings)[batch["mask"] > 0]
         return self.row | {
             "iteration": self.collection, "env_steps": self.env_steps,
             "progress": self.collection / self.settings.collections,
@@ -355,7 +327,7 @@ class Adapter:
     def __init__(self, policy: dict, family, settings: Settings, device="cpu"):
         self.theta, self.alpha = ({name: value.to(device) for name, value in policy[key].items()}
                                   for key in ("theta", "alpha"))
-        self.scales, self.family, self.settings = policy["scales"], family, settings
+        self.scale, self.family, self.settings = policy["scale"], family, settings
         start = policy.get("no_adaptation") if settings.imitation_steps else None
         self.references = {} if start is None else {"no_adaptation": Adapter(
             policy | {"theta": start, "no_adaptation": None}, family, settings, device)}
@@ -378,7 +350,7 @@ class Adapter:
         phi, k = self.actor.phi, self.steps
         batch, _ = policy_gradient_batch(
             self.actor.explored(episodes), baseline_products(self.family, self.settings),
-            self.settings, self.scales[min(k, len(self.scales) - 1)], phi["z"].device)
+            self.settings, self.scale, phi["z"].device)
         phi = inner_step(phi, self.step_size(k), batch, self.settings, first_order=True)
         self.steps += 1
         self.actor = Actor(detached(phi), self.family, self.settings, self.generator)

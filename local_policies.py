@@ -243,7 +243,8 @@ class Demonstrations:
 
     `mask` (n, M): which states were visited; the rest is padding after an early end. If the policy
     sees images, `observations` are the numbers beside them, and `images` has shape (n, M, rows,
-    columns, 3), uint8.
+    columns, 3), uint8. `freeze` computes `inputs` (n, M, F), what the policy's MLP sees. From then
+    on more states can be added.
     """
 
     def __init__(self, observations: np.ndarray, actions: np.ndarray,
@@ -261,52 +262,56 @@ class Demonstrations:
         if not mask.any(1).all():
             raise ValueError("demonstrations lack a visited state for some task")
         self.observations, self.actions, self.images = observations, actions, images
-        self.image_features = None
+        self.inputs = None
         self._set_mask(mask)
 
     def _set_mask(self, mask):
         self.mask = mask
         self.visited = np.argsort(~mask, axis=1, kind="stable")  # visited states first, in order
 
-    def freeze_images(self, family, theta: Params) -> None:
-        """Compute all images' features once, by theta; `sample` returns these from now on."""
+    @torch.no_grad()
+    def freeze(self, family, theta: Params) -> None:
+        """Compute `inputs` once, by theta; `sample` returns these from now on."""
         device = theta["z"].device
-        with torch.no_grad():
-            observation = normalised(family, self.observations).to(device)
-            self.image_features = features(theta, observation,
-                                           torch.as_tensor(self.images).to(device))
+        image = [] if self.images is None else [torch.as_tensor(self.images).to(device)]
+        self.inputs = features(theta, normalised(family, self.observations).to(device), *image)
 
-    def add(self, observations: np.ndarray, actions: np.ndarray, mask: np.ndarray) -> None:
+    def add(self, inputs: torch.Tensor, actions: np.ndarray, mask: np.ndarray) -> None:
         """More labelled states of every task; `mask` (n, A): which were visited."""
-        self.observations = np.concatenate([self.observations, observations], axis=1)
+        self.inputs = torch.cat([self.inputs, inputs.to(self.inputs)], dim=1)
         self.actions = np.concatenate([self.actions, actions], axis=1)
         self._set_mask(np.concatenate([self.mask, mask], axis=1))
 
-    def add_visited(self, episodes: dict, experts: ExpertFunction, tasks: np.ndarray) -> None:
-        """Label the states of rollouts on every task with its expert, and add them (step 3c)."""
-        n = len(tasks)
-        visited = episodes["observations"][:, :-1]
-        visited = visited.reshape(n, -1, visited.shape[-1])
-        self.add(visited, experts(visited, tasks), episodes["mask"].reshape(n, -1) > 0)
+    def add_visited(self, inputs: torch.Tensor, episodes: dict, experts: ExpertFunction,
+                    tasks: np.ndarray) -> None:
+        """Label the states of rollouts on every task with its expert, and add them (step 3c).
+
+        `inputs` (n, episodes, T, F): what the policy saw there. An expert sees the state, even
+        where the policy sees images.
+        """
+        states = episodes.get("states", episodes["observations"])[:, :-1]
+        states = states.reshape(len(tasks), -1, states.shape[-1])
+        self.add(inputs.flatten(1, 2), experts(states, tasks),
+                 episodes["mask"].reshape(len(tasks), -1) > 0)
 
     def added(self, given: int) -> list[torch.Tensor]:
         """Copies of what `add` takes, for all that was added to the first `given` states."""
-        return [torch.as_tensor(part[:, given:].copy())
-                for part in (self.observations, self.actions, self.mask)]
+        return [torch.as_tensor(part)[:, given:].clone()
+                for part in (self.inputs.cpu(), self.actions, self.mask)]
 
     def sample(self, family, generator: np.random.Generator, tasks: np.ndarray, count: int,
                device="cpu") -> tuple[torch.Tensor, ...]:
         """`count` random labelled states of each task index in `tasks` (m,).
 
-        Returns network inputs (m, count, F) and expert actions (m, count, act). Images that are not
-        frozen follow as a third part, (m, count, rows, columns, 3).
+        Returns network inputs (m, count, F) and expert actions (m, count, act). Before `freeze`
+        observations take the inputs' place, and images (m, count, rows, columns, 3) follow.
         """
         task = tasks[:, None]
         count_of = self.mask.sum(1)[task]
         index = self.visited[task, generator.integers(count_of, size=(len(tasks), count))]
         action = torch.as_tensor(self.actions[task, index], dtype=torch.float32).to(device)
-        if self.image_features is not None:
-            return self.image_features[torch.as_tensor(task), torch.as_tensor(index)], action
+        if self.inputs is not None:
+            return self.inputs[torch.as_tensor(task), torch.as_tensor(index)], action
         image = []
         if self.images is not None:
             image = [torch.as_tensor(self.images[task, index]).to(device)]

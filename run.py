@@ -194,8 +194,6 @@ def choose_settings(options, task: str, seed: int,
         advice = "" if family.expert is None else (
             ": its expert is scripted, which its settings must say (experts=\"scripted\")")
         raise UserError(f"{task} has no {chosen.experts} experts{advice}")
-    if family.image_shape and chosen.aggregation_episodes:
-        raise UserError(f"{task} learns from demonstrations alone: leave aggregation_episodes at 0")
     if chosen.experts == "local" and chosen.expert_episodes % chosen.training_tasks:
         raise UserError("local experts explore on their own tasks alone: make expert_episodes a "
                         f"multiple of the {chosen.training_tasks} training tasks")

@@ -127,29 +127,31 @@ class SoftActorCritic:
         self.critic = [p.to(self.device).requires_grad_() for p in critic]
         self.target_critic = [p.detach().clone() for p in self.critic]
         self.log_temperature = torch.zeros(learners, 1, device=self.device, requires_grad=True)
-        rate = dict(lr=settings.expert_learning_rate, fused=True)
-        self.optimisers = {"policy": torch.optim.Adam(self.policy, **rate),
-                           "critic": torch.optim.Adam(self.critic, **rate),
-                           "temperature": torch.optim.Adam([self.log_temperature], **rate)}
+        self.trained = [*self.policy, *self.critic, self.log_temperature]
+        self.optimiser = torch.optim.Adam(self.trained, lr=settings.expert_learning_rate,
+                                          fused=True)
         self.target_entropy = settings.expert_entropy * action_size
 
     def update(self, batch: dict, generator: torch.Generator) -> dict:
-        """One gradient step of critics, policies and temperatures. Returns detached scalars."""
+        """One gradient step of critics, policies and temperatures. Returns detached scalars.
+
+        No two of the three losses have a gradient in the same parameters. So one step of Adam on
+        their sum is a step on each.
+        """
         shape = (2, *batch["action"].shape)
         next_noise, noise = torch.randn(shape, generator=generator).to(self.device)
         temperature = self.log_temperature.detach().exp()
+        frozen = [p.detach() for p in self.critic]  # the policy's loss asks no critic gradients
 
         loss, info = critic_loss(self.critic, self.target_critic, self.policy, temperature, batch,
                                  next_noise)
-        self._minimise("critic", loss, self.critic)
-
-        frozen = [p.detach() for p in self.critic]  # the policy's loss asks no critic gradients
         actor_loss, actor_info = policy_loss(self.policy, frozen, temperature, batch, noise)
-        self._minimise("policy", actor_loss, self.policy)
-
         entropy_loss = temperature_loss(self.log_temperature, actor_info["log_prob"],
                                         self.target_entropy)
-        self._minimise("temperature", entropy_loss, [self.log_temperature])
+        gradients = torch.autograd.grad(loss + actor_loss + entropy_loss, self.trained)
+        for parameter, gradient in zip(self.trained, gradients):
+            parameter.grad = gradient
+        self.optimiser.step()
         torch._foreach_lerp_(self.target_critic, frozen, self.settings.expert_target_rate)
         return {"critic_loss": loss.detach() / (2 * self.learners),
                 "policy_loss": actor_loss.detach() / self.learners,
@@ -157,14 +159,8 @@ class SoftActorCritic:
 
     def set_learning_rate(self, progress: float) -> None:
         """Rates fall to a tenth as `progress` goes from 0 to 1: late policies are steady."""
-        for optimiser in self.optimisers.values():
-            rate = self.settings.expert_learning_rate * (1.0 - 0.9 * progress)
-            optimiser.param_groups[0]["lr"] = rate
-
-    def _minimise(self, name, loss, params):
-        for param, gradient in zip(params, torch.autograd.grad(loss, params)):
-            param.grad = gradient
-        self.optimisers[name].step()
+        rate = self.settings.expert_learning_rate * (1.0 - 0.9 * progress)
+        self.optimiser.param_groups[0]["lr"] = rate
 
     @torch.no_grad()
     def act(self, observation: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -179,8 +175,7 @@ class SoftActorCritic:
             "policy": [p.detach() for p in self.policy],
             "critic": [p.detach() for p in self.critic],
             "target_critic": self.target_critic, "log_temperature": self.log_temperature.detach(),
-            "optimisers": {name: optimiser.state_dict()
-                           for name, optimiser in self.optimisers.items()}})
+            "optimiser": self.optimiser.state_dict()})
 
     def load_state_dict(self, state: dict) -> None:
         with torch.no_grad():
@@ -188,5 +183,4 @@ class SoftActorCritic:
                 for own, saved in zip(getattr(self, name), state[name], strict=True):
                     own.copy_(saved)
             self.log_temperature.copy_(state["log_temperature"])
-        for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(copy.deepcopy(state["optimisers"][name]))
+        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))

@@ -49,7 +49,7 @@ class Settings:
 
     # ---- Local experts: soft actor-critic (local_policies.py, sac.py)
     expert_iterations: int = within(
-        60, 1, 100_000, "*iterations: in each, an episode in every environment, then updates")
+        75, 1, 100_000, "*iterations: in each, an episode in every environment, then updates")
     expert_episodes: int = within(10, 1, 10_000, "episodes per iteration; tasks take turns")
     expert_updates: int = within(200, 1, 100_000, "gradient steps per iteration")
     expert_width: int = within(128, 1, 4096, "units in each of two hidden layers")
@@ -83,21 +83,16 @@ class Settings:
     min_std: float = within(0.35, 1e-6, 10.0, "floor of the exploration noise [release: 1e-6]")
     noise_correlation: float = within(
         0.0, 0.0, 0.999, "correlation of exploration noise with the step before [ours]")
-    episodes: int = within(10, 2, 10_000, "*K, episodes per task and inner step [release: 20]")
+    episodes: int = within(10, 2, 10_000, "*K, episodes per task for the inner step [release: 20]")
     shared_episodes: int = within(
         60, 0, 10_000, "*of the pre-update policy per collection, for all tasks; 0: K each [ours]")
     reuse: int = within(10, 0, 1000, "earlier collections whose episodes are drawn as well [ours]")
-    later_episodes: int = within(2, 2, 10_000, "per task, for inner steps after the first [ours]")
 
     # ---- Inner step (advantages.py, gmps.py)
-    inner_steps: int = within(
-        3, 1, 10, "*inner steps that the outer loss differentiates through [release: 1]")
-    step_sizes: str = one_of("one", ("one", "per step"),
-                             "one alpha for all inner steps, or one for each [ours]")
     init_step_size: float = within(0.03, 0.0, 10.0, "*alpha at the start [release: 0.5]")
     later_steps: str = one_of(
-        "shrinking", ("shrinking", "climbing", "full"), "steps after the trained ones: a quarter "
-        "of the step before; 0.4 max(alpha, 0); or as the last trained one [release]")
+        "climbing", ("climbing", "full"),
+        "step sizes after the first step, at meta-test: 0.4 max(alpha, 0); alpha [release]")
     adapt_std: str = one_of("no", ("no", "yes"),
                             "whether log-std adapts in the inner step [release: yes]")
     discount: float = within(0.9, 0.0, 1.0, "*of advantages [ours; release: 0.99]")
@@ -114,7 +109,7 @@ class Settings:
         600, 0, 1_000_000, "gradient steps of imitation before meta-training [ours; release: none]")
     imitation_batch: int = within(200, 1, 100_000, "labelled states per task and meta-step")
     collections: int = within(3, 1, 10_000, "*passes through step 3 of the algorithm")
-    meta_steps: int = within(400, 1, 10_000, "*Adam steps on one collection [release: 300 to 500]")
+    meta_steps: int = within(1000, 1, 10_000, "*Adam steps on one collection [release: 300 to 500]")
     meta_batch: int = within(5, 1, 1000, "tasks per meta-step [release: all]")
     aggregation_episodes: int = within(
         2, 0, 1000, "per task and collection, step 3c; 0: none [release: none]")
@@ -152,12 +147,11 @@ class Settings:
 PAPER = dict(
     training_tasks=20, test_episodes=40, demonstration_noise=0.0, demonstration_detours=0,
     observations="raw", init_std=1.0, min_std=1e-6, noise_correlation=0.0, episodes=20,
-    shared_episodes=0, reuse=0, inner_steps=1, step_sizes="one", init_step_size=0.5,
-    later_steps="full", adapt_std="yes", discount=0.99, gae_lambda=1.0, baseline="squares",
-    advantage_scale="per task", max_weight=1e30, inner_every=1, imitation_steps=0, collections=20,
-    meta_steps=300, meta_batch=1000, imitated_action="mean", learning_rate=1e-3,
-    step_size_learning_rate=1e-3, final_rate=1.0, warm_up_steps=1, clip_norm=1e6,
-    pre_update_imitation=0.0, pre_update_tasks=0)
+    shared_episodes=0, reuse=0, init_step_size=0.5, later_steps="full", adapt_std="yes",
+    discount=0.99, gae_lambda=1.0, baseline="squares", advantage_scale="per task", max_weight=1e30,
+    inner_every=1, imitation_steps=0, collections=20, meta_steps=300, meta_batch=1000,
+    imitated_action="mean", learning_rate=1e-3, step_size_learning_rate=1e-3, final_rate=1.0,
+    warm_up_steps=1, clip_norm=1e6, pre_update_imitation=0.0, pre_update_tasks=0)
 
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40,
@@ -165,7 +159,7 @@ QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_upd
 
 GROUPS = {"preset": "Run", "expert_iterations": "Local experts: soft actor-critic",
           "demonstration_episodes": "Demonstrations", "hidden": "Policy and rollouts",
-          "inner_steps": "Inner step", "imitation_steps": "Meta-training"}  # by first setting
+          "init_step_size": "Inner step", "imitation_steps": "Meta-training"}  # by first setting
 
 
 def help_text(kind: type = Settings) -> str:

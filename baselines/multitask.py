@@ -39,8 +39,8 @@ class Adapter(gmps.Adapter):
         settings = dataclasses.replace(settings, init_step_size=settings.step_size,
                                        advantage_scale="per task")
         alpha = gmps.init_step_sizes(policy["theta"], settings)
-        super().__init__({"theta": policy["theta"], "alpha": alpha, "scales": [None]}, family,
+        super().__init__({"theta": policy["theta"], "alpha": alpha, "scale": None}, family,
                          settings, device)
 
     def step_size(self, k: int):
-        return {name: value[0] for name, value in self.alpha.items()}
+        return self.alpha

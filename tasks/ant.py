@@ -112,7 +112,7 @@ class AntGoal(MujocoFamily):
         expert_discount=0.99, expert_return_steps=10, expert_reward_scale=1.0,
         expert_noise_correlation=0.9, imitation_steps=1000, discount=0.99, gae_lambda=0.95,
         noise_correlation=0.9, init_std=0.4, min_std=0.3, episodes=16, shared_episodes=0,
-        later_episodes=4, inner_every=4, inner_steps=2, later_steps="climbing", meta_steps=150,
+        inner_every=4, meta_steps=150,
         meta_batch=10, imitation_batch=800, pre_update_imitation=1.0, init_step_size=0.02,
         learning_rate=3e-3, step_size_learning_rate=6e-3)
     local_settings = dict(expert_iterations=100, expert_episodes=20, expert_batch=128,

@@ -26,9 +26,7 @@ class SawyerPushVision(SawyerPush):
     observation_size, image_shape = 3, (48, 64, 3)  # numbers beside the image; the image
     observation_centre, observation_scale = np.array([0.0, 0.6, 0.1]), np.full(3, 0.1)
     baseline_products = [0, 1, 2]
-    # Labels come from the demonstrations alone.
-    settings = dict(demonstration_episodes=8, shared_episodes=100, inner_steps=1,
-                    imitation_batch=60, aggregation_episodes=0)
+    settings = dict(demonstration_episodes=8, imitation_batch=60)
     published = {}
 
     @property

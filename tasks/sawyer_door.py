@@ -69,14 +69,12 @@ class SawyerDoor(SawyerFamily):
 
     # ---- settings, tables, films
     # The pre-update policy imitates wide angles, so that its episodes pass most others. Rewards
-    # grow with the target angle, hence each task's own advantage scale. The first inner step goes
-    # far and further ones correct it, so each has step sizes of its own. Labels come from the
+    # grow with the target angle, hence each task's own advantage scale. Labels come from the
     # demonstrations alone, half of which head for another angle.
     settings = dict(
         experts="scripted", demonstration_episodes=12, demonstration_detours=6,
         pre_update_tasks=12, pre_update_imitation=1.0, advantage_scale="per task",
-        aggregation_episodes=0, step_sizes="per step", inner_steps=2, shared_episodes=100,
-        later_episodes=3, collections=6, meta_steps=200)
+        aggregation_episodes=0, shared_episodes=100, collections=6, meta_steps=400)
     table = ("angle error (degrees)", np.degrees(1.0), 1)
     goal_size, frames_every = (0.012, 0.012, 0.012), 2
 

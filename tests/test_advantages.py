@@ -184,7 +184,7 @@ def test_scales_of_tasks_that_differ_in_their_rewards_alone(collected, kind):
         assert torch.equal(batch[name], explored[name].flatten(1, 2)), name
 
 
-def test_the_first_collection_with_any_reward_fixes_the_scale(collected):
+def test_the_first_batch_with_any_reward_fixes_the_scale(collected):
     """One without leaves it open; later ones, with other rewards or none, do not change it."""
     explored = collected[2]
     demonstrations = Demonstrations(np.zeros((2, 5, 6)), np.zeros((2, 5, 3)))
@@ -193,7 +193,7 @@ def test_the_first_collection_with_any_reward_fixes_the_scale(collected):
     learner.begin_collection()
     size = push_batch(explored, NOISY)[1]
     for factor, scale in ((0.0, None), (3.0, 3 * size), (7.0, 3 * size), (0.0, 3 * size)):
-        batch, = learner.batches([explored | {"reward": factor * explored["reward"]}], [0, 1])
-        assert learner.scales == [scale and pytest.approx(scale, rel=1e-4)]
+        batch = learner.batch(explored | {"reward": factor * explored["reward"]}, [0, 1])
+        assert learner.scale == (scale and pytest.approx(scale, rel=1e-4))
         expected = factor * size / scale if scale else 0.0
         assert batch["advantage"].square().mean().sqrt() == pytest.approx(expected, rel=1e-4)

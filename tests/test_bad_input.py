@@ -47,7 +47,6 @@ TRAIN, TEST = " ".join(ARGUMENTS), "--threads 1 --evaluate {finished}"
     ("--task all --demos x.npz", "name one task"), ("--task door --reward dense", "no dense"),
     ("--task door --experts local", "no local experts"),
     ("--demos x.npz --experts local", "leave --experts out"),
-    ("--task push-vision --set aggregation_episodes=1", "demonstrations alone"),
     (f"{TRAIN} --out taken", "taken"), (f"{TRAIN} --out taken/below", "taken"),
     (f"{TRAIN} --set hidden=9 --out {{finished}}", "other hidden"),
     (f"{TRAIN} --seed 1 --out {{finished}}", "other seed"),

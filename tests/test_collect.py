@@ -16,7 +16,7 @@ from tasks import make_family, task_set
 from tests.conftest import FRAGILE, PUSH, TINY, make_problem, push_batch, replay
 
 SHARED = dataclasses.replace(TINY, training_tasks=3, shared_episodes=5, imitation_steps=1,
-                             init_std=0.8, inner_steps=1)
+                             init_std=0.8)
 
 
 def prepared(family, settings, n=3):
@@ -45,7 +45,7 @@ def test_shared_episodes_are_worth_to_each_task_what_its_own_simulation_pays(fam
     All but the reward is the same for every task, and counted once.
     """
     learner, problem, rollouts = prepared(family, SHARED)
-    explored, = gmps.collect(learner, problem)
+    explored = gmps.collect(learner, problem)
     (phi, episodes, tasks, count), = rollouts
     actions, T = episodes["actions"], family.horizon
     assert actions.shape[:2] == (5, T) and count == 1 and np.abs(actions).max() > 1.5
@@ -71,26 +71,6 @@ def test_shared_episodes_are_worth_to_each_task_what_its_own_simulation_pays(fam
     assert learner.row["return"] == pytest.approx(episodes["rewards"].sum(1).mean())
 
 
-def test_later_inner_steps_have_episodes_of_each_tasks_own():
-    """By the policy adapted on the task's part of the shared ones; 4 each, all env steps counted.
-    """
-    settings = dataclasses.replace(SHARED, episodes=5, inner_steps=2, later_episodes=4)
-    learner, problem, rollouts = prepared(PUSH, settings)
-    collected = gmps.collect(learner, problem)
-    assert [part["reward"].shape for part in collected] == [(3, 5, 50), (3, 4, 50)]
-    assert learner.env_steps == (5 + 3 * 4) * 50
-    _, (phi, episodes, tasks, count) = rollouts
-    assert np.array_equal(tasks, problem.tasks) and count == 4
-    shared = {name: value.expand(3, *value.shape[1:]) for name, value in collected[0].items()}
-    batch, _ = push_batch(shared, settings)  # all five episodes
-    adapted = gmps.adapt(learner.theta, learner.alpha, [batch], settings, first_order=True)[-1]
-    for name, value in phi.items():
-        assert torch.allclose(value, adapted[name], atol=1e-5), name
-    assert (phi["w3"][0] - phi["w3"][1]).abs().max() > 1e-3, "rewards differ, and so do policies"
-    assert np.array_equal(collected[1]["reward"].flatten(0, 1), np.float32(episodes["rewards"]))
-    assert learner.row["return"] == pytest.approx(rollouts[0][1]["rewards"].sum(1).mean())
-
-
 def test_without_shared_episodes_or_known_rewards_each_task_has_its_own():
     """K = 2 each. A family without an outcome_size cannot tell what another task would pay."""
     unknown = copy.copy(PUSH)
@@ -98,7 +78,7 @@ def test_without_shared_episodes_or_known_rewards_each_task_has_its_own():
     for family, shared in ((PUSH, 0), (unknown, 5)):
         learner, problem, rollouts = prepared(family, dataclasses.replace(
             SHARED, shared_episodes=shared))
-        explored, = gmps.collect(learner, problem)
+        explored = gmps.collect(learner, problem)
         (_, episodes, tasks, count), = rollouts
         assert count == 2 and np.array_equal(tasks, problem.tasks)
         assert explored["action"].shape == (3, 2, 50, 3) and learner.env_steps == 3 * 2 * 50
@@ -107,22 +87,19 @@ def test_without_shared_episodes_or_known_rewards_each_task_has_its_own():
 
 @pytest.mark.parametrize("reuse", [0, 1, 2])
 def test_episodes_of_the_last_collections_stay(reuse):
-    """Those of each inner step by themselves, the oldest first, with the densities of old."""
-    settings = dataclasses.replace(SHARED, inner_steps=2, collections=4, reuse=reuse)
+    """The oldest first, with the densities of old."""
+    settings, parts = dataclasses.replace(SHARED, collections=4, reuse=reuse), []
     learner, problem, _ = prepared(PUSH, settings)
-    fresh, parts = [5, 2], [[], []]
     for done in range(4):
-        kept = min(done, reuse)
-        for k, part in enumerate(gmps.collect(learner, problem)):
-            new = fresh[k]
-            assert part["reward"].shape == (3, (kept + 1) * new, 50)
-            parts[k].append({name: value[:, -new:] for name, value in part.items()})
-            for name, value in part.items():
-                expected = torch.cat([old[name] for old in parts[k][-1 - kept:]], dim=1)
-                assert torch.equal(value, expected), name
+        collected, kept = gmps.collect(learner, problem), min(done, reuse)
+        assert collected["reward"].shape == (3, (kept + 1) * 5, 50)
+        parts.append({name: value[:, -5:] for name, value in collected.items()})
+        for name, value in collected.items():
+            expected = torch.cat([part[name] for part in parts[-1 - kept:]], dim=1)
+            assert torch.equal(value, expected), name
         learner.theta["b3"].data[0, 0] += 0.1
         learner.begin_collection()
-    density = [part["behaviour_log_prob"] for part in parts[0]]
+    density = [part["behaviour_log_prob"] for part in parts]
     assert all((one - other).abs().max() > 0.1 for one, other in zip(density, density[1:]))
 
 
@@ -148,7 +125,7 @@ def test_batches_draw_distinct_episodes_of_each_task_anew():
     learner, (kept, some) = prepared(PUSH, settings, n=4)[0], (stored(9), np.array([2, 0, 3]))
     counts, alike, scale = np.zeros((3, 9)), 0, None
     for draw in range(300):
-        batch, = learner.batches([kept], some)
+        batch = learner.batch(kept, some)
         names = batch["action"].view(3, 4, 4, 3)
         assert (names == names[:, :, :1, :1]).all(), "whole episodes"
         task, episode = np.divmod(names[..., 0, 0].long().numpy(), 100)
@@ -160,7 +137,7 @@ def test_batches_draw_distinct_episodes_of_each_task_anew():
         if draw % 100 == 0:
             chosen = {name: value[task, episode] for name, value in kept.items()}
             expected, scale = push_batch(chosen, settings, scale)
-            assert batch.keys() == expected.keys() and learner.scales == [scale]
+            assert batch.keys() == expected.keys() and learner.scale == scale
             assert all(torch.equal(batch[name], expected[name]) for name in batch)
     share = 4 / 9
     assert np.abs(counts / 300 - share).max() < 4.5 * math.sqrt(share * (1 - share) / 300)
@@ -169,13 +146,12 @@ def test_batches_draw_distinct_episodes_of_each_task_anew():
 
 @pytest.mark.parametrize("count", [4, 3, 2])
 def test_batches_take_all_episodes_where_no_more_than_k_are_stored(count):
-    """In their order, without a random number; each inner step by itself."""
-    settings = dataclasses.replace(SHARED, episodes=4, inner_steps=2)
-    learner, (first, later) = prepared(PUSH, settings, n=4)[0], (stored(7), stored(count, seed=1))
-    _, batch = learner.batches([first, later], [3, 1])
-    expected, scale = push_batch(later, settings, tasks=[3, 1])
-    assert all(torch.equal(batch[name], expected[name]) for name in expected)
-    assert len(learner.scales) == 2 and learner.scales[1] == scale != learner.scales[0]
+    """In their order, without a random number."""
+    settings = dataclasses.replace(SHARED, episodes=4)
+    learner, kept = prepared(PUSH, settings, n=4)[0], stored(count)
     learner.rng = random_streams(0, "meta-training", 0)[0]
-    learner.batches([later, later], np.arange(4))
+    batch = learner.batch(kept, np.array([3, 1]))
     assert learner.rng.random() == random_streams(0, "meta-training", 0)[0].random()
+    expected, scale = push_batch(kept, settings, tasks=[3, 1])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    assert learner.scale == scale

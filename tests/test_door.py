@@ -141,7 +141,7 @@ def test_policy_gradient_from_scratch_finds_no_reward(init_std, step_size, tasks
     """The hand never comes near the handle: advantages and gradient are exactly 0, not 0 / 0."""
     settings = Settings(task="door", episodes=20, init_std=init_std, init_step_size=step_size)
     theta = init_policy(DOOR, settings, torch.Generator().manual_seed(0))
-    policy = {"theta": theta, "alpha": init_step_sizes(theta, settings), "scales": [None]}
+    policy = {"theta": theta, "alpha": init_step_sizes(theta, settings), "scale": None}
     adapter = Adapter(policy, DOOR, settings)
     lists = evaluate(Environments(DOOR), adapter, task_set(DOOR, "validation", tasks), rounds,
                      settings.episodes, seed=0).lists

@@ -42,7 +42,7 @@ def test_the_example_task_runs_through_every_phase(point, tmp_path, capsys):
     assert results[0] == results[1]
     result, steps = results[0], 20  # of an episode
     assert result["env_steps"]["experts"] == steps * (2 * 2 * 8 + 2 * 3)
-    assert result["env_steps"]["meta_training"] == steps * 3 * (5 + 2 * (3 + 1))
+    assert result["env_steps"]["meta_training"] == steps * 3 * (5 + 2)
     assert result["env_steps"]["evaluation"] == steps * 2 * ((3 + 1) * 6 + 1 + 1 + 1)
     assert len(result["held_out"][0]["task"]) == 2
     distances = [entry["final_distance"] for entry in result["held_out"]]

@@ -9,7 +9,7 @@ import torch
 import local_policies
 from envs import BatchEnv, rollout
 from local_policies import Replay
-from policy import CorrelatedNoise
+from policy import CorrelatedNoise, normalised
 from sac import squashed_mean, squashed_sample
 from settings import Settings, random_streams
 from tasks import task_set
@@ -205,7 +205,7 @@ def test_experts_explore_learn_and_go_on_from_a_snapshot_with_the_same_bits(kind
         assert metrics["return"] == pytest.approx(episodes["rewards"].sum() / 6)
         assert metrics["distance"] == pytest.approx(episodes["distances"][:, -1].mean())
         assert metrics["divergences"] == 1
-        sizes, adam = saved["replay"]["sizes"], saved["learner"]["optimisers"]["policy"]
+        sizes, adam = saved["replay"]["sizes"], saved["learner"]["optimiser"]
         assert sizes.sum() == total and sizes[0] != sizes[1]
         assert saved["replay"]["terminated"].sum() == ended
         assert adam["param_groups"][0]["lr"] == pytest.approx(3e-3 * (1 - 0.9 * k / 4))
@@ -285,7 +285,7 @@ def test_demonstrations_are_visited_states_with_clean_labels():
 
 
 def test_only_visited_states_are_sampled_and_all_of_them(recorded, tmp_path):
-    """Of demonstrations with early ends, of what step 3c adds to them, and of a file of both."""
+    """Of demonstrations with early ends, of their file, and of what step 3c adds to them."""
     tasks, env = task_set(PUSH, "train", 3), BatchEnv(9, FRAGILE)
     demonstrations, env_steps = local_policies.make_demonstrations(
         env, scripted_expert, tasks, Settings(demonstration_episodes=3))
@@ -306,12 +306,15 @@ def test_only_visited_states_are_sampled_and_all_of_them(recorded, tmp_path):
             assert pairs == set(visited[task].items())
 
     check(demonstrations, recorded[0])
-    demonstrations.add_visited(recorded[1], scripted_expert, tasks)
-    check(demonstrations, recorded[1])
     local_policies.save_demonstrations(tmp_path / "d.npz", tasks, demonstrations, 123)
     read, loaded, env_steps = local_policies.load_demonstrations(tmp_path / "d.npz", PUSH)
     assert np.array_equal(read, tasks) and env_steps == 123
     check(loaded)
+    loaded.freeze(PUSH, {"z": torch.zeros(1, 2)})
+    check(loaded)
+    inputs = normalised(PUSH, recorded[1]["observations"][:, :-1]).unflatten(0, (3, 3))
+    loaded.add_visited(inputs, recorded[1], scripted_expert, tasks)
+    check(loaded, recorded[1])
 
 
 FILE = {"tasks": np.zeros((2, 2)), "observations": np.zeros((2, 7, 6)),

@@ -25,22 +25,19 @@ from tests.conftest import (
 
 
 def test_step_sizes_of_every_gradient_step():
-    """Two trained steps, then a quarter of the one before, or 0.4 of what is positive."""
+    """alpha, then 0.4 of what is positive in it, or alpha again."""
     theta = policy.init_policy(PUSH, TINY, torch.Generator().manual_seed(0))
-    for choice, steps in (("one", 1), ("per step", 2)):
-        settings = dataclasses.replace(TINY, inner_steps=2, step_sizes=choice)
-        start = gmps.init_step_sizes(theta | {"conv1_w": torch.zeros(2, 3, 5, 5)}, settings)
-        assert start.keys() == theta.keys() and not start["log_std"].any()
-        for name, value in start.items():
-            assert value.shape == (steps, *theta[name].shape)
-            assert name == "log_std" or (value == np.float32(0.1)).all()
-    alpha = {"b3": torch.tensor([[1.0, -1.0], [0.8, -0.4]]).view(2, 1, 2)}
-    for choice, later in (("shrinking", [[0.2, -0.1], [0.05, -0.025]]),
-                          ("climbing", [[0.32, 0.0], [0.32, 0.0]])):
-        settings = dataclasses.replace(settings, later_steps=choice)
-        for k, expected in enumerate([[1.0, -1.0], [0.8, -0.4], *later]):
+    start = gmps.init_step_sizes(theta | {"conv1_w": torch.zeros(2, 3, 5, 5)}, TINY)
+    assert start.keys() == theta.keys() and not start["log_std"].any()
+    for name, value in start.items():
+        assert value.shape == theta[name].shape
+        assert name == "log_std" or (value == np.float32(0.1)).all()
+    alpha = {"b3": torch.tensor([[0.8, -0.4]])}
+    for choice, later in (("climbing", [0.32, 0.0]), ("full", [0.8, -0.4])):
+        settings = dataclasses.replace(TINY, later_steps=choice)
+        for k, expected in enumerate([[0.8, -0.4], later, later]):
             size = gmps.step_sizes(alpha, k, settings)["b3"]
-            assert size.flatten().tolist() == pytest.approx(expected)
+            assert size.shape == (1, 2) and size[0].tolist() == pytest.approx(expected)
 
 
 def same(one, other):
@@ -57,23 +54,21 @@ def bits(events):
     adapter = named(events, "meta-test")[0]
     return ([yielded[:2] for yielded in named(events, "yield")],
             [phi for phi, *_ in named(events, "rollout")],
-            (adapter.theta, adapter.alpha, adapter.scales))
+            (adapter.theta, adapter.alpha, adapter.scale))
 
 
 @pytest.mark.parametrize("shared", [0, 7])
 def test_meta_training_goes_on_with_the_same_bits(shared):
     """From each yielded state, in memory or from a file; and such a state never changes.
 
-    Batches are drawn where there are shared episodes, more of a policy's own than one batch takes,
-    and those of the collection before.
+    Batches are drawn where there are shared episodes, and those of the collection before.
     """
     events = watched(settings := dataclasses.replace(
-        STEPS, collections=3, shared_episodes=shared, later_episodes=4 if shared else 3,
-        reuse=int(shared > 0)))
+        STEPS, collections=3, shared_episodes=shared, reuse=int(shared > 0)))
     yielded, phis, policy = bits(events)
     for done, (kept, _, saved) in enumerate(named(events, "yield"), start=1):
         for state in (kept, through_bytes(saved)):
-            assert same(bits(watched(settings, state)), (yielded[done:], phis[3 * done:], policy))
+            assert same(bits(watched(settings, state)), (yielded[done:], phis[2 * done:], policy))
         assert same(kept, saved)
 
 
@@ -83,7 +78,7 @@ def test_a_finished_run_goes_straight_to_meta_test():
     *events, (_, adapter) = watched(state=state | {"training": None})
     assert [event for event, _ in events] == ["experts", "demonstrations"]
     assert same(state["policy"], {
-        "theta": adapter.theta, "alpha": adapter.alpha, "scales": adapter.scales,
+        "theta": adapter.theta, "alpha": adapter.alpha, "scale": adapter.scale,
         "no_adaptation": adapter.references["no_adaptation"].theta})
 
 
@@ -93,9 +88,9 @@ def test_demonstrations_alone_need_no_expert():
     unused = watched(dataclasses.replace(STEPS, aggregation_episodes=0))
     assert same(bits(alone), bits(unused))
     for events in (alone, unused):
-        assert [count for *_, count in named(events, "rollout")] == [3, 3] * 2
+        assert [count for *_, count in named(events, "rollout")] == [3, 3]
         assert not named(events, "expert")
-        assert [row["env_steps"] for _, row, _ in named(events, "yield")] == [840, 1680]
+        assert [row["env_steps"] for _, row, _ in named(events, "yield")] == [420, 840]
 
 
 def test_the_pre_update_policy_may_imitate_the_last_tasks_only():
@@ -121,7 +116,7 @@ def test_meta_training_refuses_numbers_that_are_not_finite():
 
 # ---------------------------------------------------------------- what is learned
 LEARN = Settings(training_tasks=8, episodes=10, shared_episodes=0, reuse=0, hidden=32,
-                 collections=5, meta_steps=40, meta_batch=8, learning_rate=3e-3, inner_steps=1,
+                 collections=5, meta_steps=40, meta_batch=8, learning_rate=3e-3,
                  imitation_steps=300, imitation_batch=50)
 
 
@@ -162,12 +157,12 @@ def test_meta_training_teaches_the_policy_to_adapt():
     tasks = task_set(PUSH, "train", 8)
     problem = make_problem(tasks, unrevealing_demonstrations(tasks)[0])
     *_, (state, metrics) = gmps.train(problem, LEARN)
-    theta, alpha, scales = (state["policy"][key] for key in ("theta", "alpha", "scales"))
+    theta, alpha, scale = (state["policy"][key] for key in ("theta", "alpha", "scale"))
     held, bound = unrevealing_demonstrations(tasks, seed=1)
     phi, losses = per_task(theta, 8), []
     for draw in range(4):
         _, explored = explore(phi, problem, LEARN, 20, torch.Generator().manual_seed(draw))
-        batch, _ = push_batch(explored, LEARN, scales[0])
-        losses.append(loss_on(gmps.adapt(theta, alpha, [batch], LEARN, True)[-1], held))
+        batch, _ = push_batch(explored, LEARN, scale)
+        losses.append(loss_on(gmps.adapt(theta, alpha, batch, LEARN, True), held))
     assert metrics["imitation_1"] < 0.9 * bound and np.mean(losses) < 0.9 * bound
     assert loss_on(phi, held) >= bound

@@ -63,7 +63,7 @@ def test_result_has_the_agreed_keys(finished):
 def test_environment_steps_are_counted_exactly(finished):
     assert result_of(finished)["env_steps"] == {
         "experts": EXPERT_STEPS, "curve": CURVE_STEPS,
-        "meta_training": 50 * 2 * 3 * (2 * 3 + 1),  # x collections (inner x episodes + aggregation)
+        "meta_training": 50 * 2 * 3 * (3 + 1),  # x collections x (episodes + aggregation)
         "evaluation": 50 * 2 * (6 * (1 + 3) + 1 + 2)}  # also no adaptation, and experts twice
 
 
@@ -106,10 +106,10 @@ def test_metrics_file_has_a_row_per_iteration(finished):
     assert set(checkpoints.COLUMNS) <= set(rows[0])
     assert [(row["phase"], int(row["iteration"]), int(row["env_steps"])) for row in rows] == [
         *(("experts", k, 200 * k) for k in range(1, 9)),
-        *(("meta_training", k, 700 * k) for k in range(1, 4))]
+        *(("meta_training", k, 400 * k) for k in range(1, 4))]
     own = {"experts": {"temperature", "critic_loss", "policy_loss", "value"},
            "meta_training": {"adapted_return", "adapted_distance", "imitation_0", "imitation_1",
-                             "imitation_2", "gradient_norm", "weight_mean", "weight_max"}}
+                             "gradient_norm", "weight_mean", "weight_max"}}
     for row in rows:
         numbers = {name: float(value) for name, value in row.items() if value and name != "phase"}
         assert set(numbers) == own[row["phase"]] | {"iteration", "env_steps", "return", "distance",
@@ -164,7 +164,7 @@ def test_curve_follows_training_and_changes_nothing(finished, tmp_path, points, 
     result, one = result_of(out), result_of(finished)
     for curve, measured in ((result["curve"], collections), (one["curve"], [3])):
         assert [(row["env_steps"], row["adaptation_episodes"]) for row in curve] == [
-            (EXPERT_STEPS + 700 * k, episodes) for k in measured for episodes in (0, 3, 6, 9)]
+            (EXPERT_STEPS + 400 * k, episodes) for k in measured for episodes in (0, 3, 6, 9)]
     assert result["curve"][-4:] == one["curve"] * bool(points)
     assert result["env_steps"].pop("curve", None) == (3 * CURVE_STEPS if points else None)
     assert result["env_steps"] == {name: one["env_steps"][name] for name in PHASES - {"curve"}}
@@ -216,7 +216,7 @@ def test_extrapolation_writes_its_figure_and_every_band(tmp_path):
     settings = Settings(**ant.settings | {"task": "ant", "hidden": 8})
     theta = policy.init_policy(ant, settings, torch.Generator().manual_seed(0))
     checkpoints.Journal(tmp_path, settings).save("policy.pt", "policy", {"policy": {
-        "theta": theta, "alpha": gmps.init_step_sizes(theta, settings), "scales": [1.0],
+        "theta": theta, "alpha": gmps.init_step_sizes(theta, settings), "scale": 1.0,
         "no_adaptation": theta}})
     assert start(*EVALUATE, tmp_path, "--task", "ant", "--extrapolate", "--gradient-steps", 1,
                  "--rollouts", 2) == 0
@@ -229,7 +229,7 @@ def test_extrapolation_writes_its_figure_and_every_band(tmp_path):
 @pytest.mark.parametrize("task, horizon, size", [("ant", 200, 2), ("door", 100, 1)])
 def test_other_tasks_run_from_start_to_end(tmp_path, task, horizon, size):
     """Counts by hand. The door's experts are scripted: only their demonstrations take steps."""
-    less = ("expert_iterations=1", "collections=1", "inner_steps=1", "test_episodes=2", "curve=0")
+    less = ("expert_iterations=1", "collections=1", "test_episodes=2", "curve=0")
     assert start("--task", task, *ARGUMENTS, *(f"--set={setting}" for setting in less),
                  "--out", tmp_path / task) == 0
     result = result_of(tmp_path / task)
@@ -282,7 +282,7 @@ def test_run_from_the_users_demonstrations_asks_no_expert(finished, tmp_path, ca
     result = timeless(out)
     assert result["method"] == "gmps-demos" and not (out / "experts.pt").exists()
     assert result["env_steps"]["experts"] == 0 == result_of(out)["wall_seconds"]["experts"]
-    assert result["env_steps"]["meta_training"] == 50 * 2 * 3 * 2 * 3
+    assert result["env_steps"]["meta_training"] == 50 * 2 * 3 * 3
     assert result["experts_held_out"] == [] == result["experts_training"]
     with np.load(finished / "demonstrations.npz") as data:
         np.savez("other.npz", **(dict(data) | {"actions": 0.5 * data["actions"]}))

@@ -123,7 +123,7 @@ def test_critic_and_policy_loss_by_hand_and_the_policys_gradient_by_differences(
 
 # ---------------------------------------------------------------- the learner
 def test_update_steps_on_each_objective_and_the_targets_follow():
-    """Critics, then policies against the new critics, then temperatures, whose gradient is by hand.
+    """All three at once: policies against the old critics; the temperatures' gradient is by hand.
 
     After Adam's first step its moments are a tenth of the gradients, and weights have moved by
     about their rate. A state that was saved before does not change.
@@ -142,9 +142,9 @@ def test_update_steps_on_each_objective_and_the_targets_follow():
     info = learner.update(batch, generator.manual_seed(7))
 
     policy, critic = ([p.requires_grad_() for p in old[name]] for name in ("policy", "critic"))
-    frozen, temperature = [p.detach() for p in learner.critic], old["log_temperature"].exp()
+    temperature = old["log_temperature"].exp()
     critics, _ = sac.critic_loss(critic, old["target_critic"], policy, temperature, batch, noise[0])
-    actors, actor_info = sac.policy_loss(policy, frozen, temperature, batch, noise[1])
+    actors, actor_info = sac.policy_loss(policy, critic, temperature, batch, noise[1])
     entropy = -1.0 * 2  # minus the number of action dimensions
     by_temperature = -temperature * (actor_info["log_prob"].mean(1, keepdim=True) + entropy)
     for name, params, own, gradient in (
@@ -152,11 +152,12 @@ def test_update_steps_on_each_objective_and_the_targets_follow():
             ("policy", policy, learner.policy, torch.autograd.grad(actors, policy)),
             ("temperature", [old["log_temperature"]], [learner.log_temperature], [by_temperature])):
         for before, after, g in zip(params, own, gradient, strict=True):
-            moment = learner.optimisers[name].state[after]["exp_avg"]
+            moment = learner.optimiser.state[after]["exp_avg"]
             assert torch.allclose(moment, 0.1 * g, rtol=1e-4, atol=1e-7), name
             step = 0.55 * 3e-3 * g / (g.abs() + 1e-8)
             assert torch.allclose(after, before - step, rtol=0, atol=1e-5), name
-    for before, after, new in zip(old["target_critic"], learner.target_critic, frozen, strict=True):
+    for before, after, new in zip(old["target_critic"], learner.target_critic, learner.critic,
+                                  strict=True):
         assert torch.allclose(after, 0.95 * before + 0.05 * new, rtol=0, atol=1e-6)
     means = zip(("critic_loss", "policy_loss", "temperature"),
                 (critics / 4, actors / 2, temperature.mean()))

@@ -31,7 +31,7 @@ from tools.pictures import draw_film
 
 VISION = make_family("push-vision")
 SMALL = dataclasses.replace(TINY, task="push-vision", demonstration_episodes=2, imitation_steps=2,
-                            imitation_batch=5, collections=2, meta_steps=2, inner_steps=1)
+                            imitation_batch=5, collections=2, meta_steps=2)
 TASKS = task_set(VISION, "train", 2)
 
 
@@ -117,7 +117,7 @@ def test_film_shows_both_policies_side_by_side_and_says_which(tmp_path, environm
     family = make_family("push")
     family.horizon, family.frames_every = 9, 4
     theta = policy.init_policy(family, TINY, torch.Generator().manual_seed(0))
-    adapter = gmps.Adapter({"theta": theta, "alpha": {}, "scales": []}, family, TINY)
+    adapter = gmps.Adapter({"theta": theta, "alpha": {}, "scale": None}, family, TINY)
     adapter.begin(1, torch.Generator())
     draw_film(tmp_path, family, {0: adapter, 3: adapter}, task_set(family, "validation", 1))
     film = imageio.imread(tmp_path / "before_after.gif").astype(int)
@@ -199,7 +199,7 @@ def test_convolutions_run_once_for_each_image_of_a_rollout_and_never_adapt(
     phi, alpha = policy.per_task(theta, 2), gmps.init_step_sizes(theta, SMALL)
     episodes, explored = explore(phi, problem, SMALL, 2, torch.Generator().manual_seed(0))
     batch, _ = policy_gradient_batch(explored, VISION.baseline_products, SMALL)
-    phi = gmps.adapt(theta, alpha, [batch], SMALL, first_order=True)[-1]
+    phi = gmps.adapt(theta, alpha, batch, SMALL, first_order=True)
     assert len(seen) == VISION.horizon and {image.shape for image in seen} == {(2, 2, 48, 64, 3)}
     hand = episodes["observations"][:, :-1].reshape(2, 2, 50, 3)
     x = torch.cat([keypoints(theta, torch.stack(seen, 2)),
@@ -236,7 +236,7 @@ def test_demonstrations_show_images_and_are_labelled_from_the_state(environments
              for a, i in zip(action[0].numpy(), image[0].numpy())]
     assert torch.equal(observation[0], policy.normalised(VISION, observations[1, where]))
     theta = policy.init_policy(VISION, SMALL, torch.Generator().manual_seed(0))
-    demonstrations.freeze_images(VISION, theta)
+    demonstrations.freeze(VISION, theta)
     x, same_action = sample()
     assert torch.allclose(x, policy.features(theta, observation, image), rtol=1e-5, atol=1e-6)
     assert torch.equal(same_action, action)
@@ -245,12 +245,16 @@ def test_demonstrations_show_images_and_are_labelled_from_the_state(environments
 
 
 def test_meta_training_from_image_demonstrations_resumes_with_the_same_bits(environments):
-    """Episodes of 10 steps, and no experts. Convolutions learn from imitation alone."""
-    adapters, environments.family.horizon = [], 10
+    """Episodes of 10 steps. Convolutions learn from imitation alone. Experts see the state."""
+    adapters, asked, environments.family.horizon = [], [], 10
+
+    def expert(states, tasks):
+        asked.append(states)
+        return scripted_expert(states, tasks)
 
     def train(state=None):
         demonstrations, _ = make_demonstrations(environments(4), scripted_expert, TASKS, SMALL)
-        problem = make_problem(TASKS, demonstrations, None, environments.family, adapters.append)
+        problem = make_problem(TASKS, demonstrations, expert, environments.family, adapters.append)
         return [(through_bytes(s), m) for s, m in gmps.train(problem, SMALL, state)]
 
     through = train()
@@ -261,7 +265,13 @@ def test_meta_training_from_image_demonstrations_resumes_with_the_same_bits(envi
         imitated = last["no_adaptation"][name]
         assert torch.equal(value, imitated) == name.startswith("conv"), name
         assert torch.equal(start[name], imitated) == (name == "log_std")
-    assert through[1][1] == resumed[0][1] and through[1][1]["env_steps"] == 80
+    assert through[1][1] == resumed[0][1] and through[1][1]["env_steps"] == 160
+    inputs, actions, mask = through[1][0]["training"]["aggregated"]
+    states = np.concatenate(asked[:2], axis=1)
+    assert states.shape == (2, 40, 6) and mask.all()
+    assert inputs.shape == (2, 40, 32 + 3), "points in the image, and the hand"
+    assert torch.equal(inputs[..., 32:], policy.normalised(VISION, states[..., :3]))
+    assert np.array_equal(actions, scripted_expert(states, TASKS))
     evaluation = evaluate(environments, adapters[0], TASKS, 1, SMALL.episodes, seed=0)
     assert len(evaluation.lists["held_out"]) == 4 and len(evaluation.lists["no_adaptation"]) == 2
     assert np.isfinite([entry["return"] for entry in evaluation.lists["held_out"]]).all()

@@ -1,12 +1,12 @@
 """Undo one deviation at a time, and measure what that costs.
 
     python tools/ablations.py --task push --seeds 3     # runs what is missing, two at a time
-    python tools/ablations.py --task push --show        # the table of what is there
+    python tools/ablations.py --show                    # a table and a picture of what is there
 
 Every run is `run.py` on one thread with one setting changed. What leaves the experts alone takes
 those of the recipe's run with the same seed; their steps are counted all the same. Each policy then
 adapts to 40 validation goals, never to the held-out ones. Kept: results/ablations/TASK/NAME/
-seedS.json. A command that was stopped goes on where it was.
+seedS.json. A command that was stopped goes on where it was. The picture is effects.png there.
 """
 import argparse
 import json
@@ -30,10 +30,8 @@ GOALS, ROUNDS = 40, 3
 ABLATIONS = {
     "push": {
         "recipe": {},
-        "own episodes": {"shared_episodes": 0, "episodes": 3},
+        "own episodes": {"shared_episodes": 0},
         "no reuse": {"reuse": 0},
-        "one inner step": {"inner_steps": 1},
-        "step sizes per step": {"step_sizes": "per step"},
         "alpha from 0.5": {"init_step_size": 0.5},
         "slow alpha": {"step_size_learning_rate": 1e-3},
         "log-std adapts": {"adapt_std": "yes"},
@@ -49,7 +47,8 @@ ABLATIONS = {
         "constant rates": {"final_rate": 1.0},
         "no warm-up": {"warm_up_steps": 1},
         "no clipping": {"clip_norm": 1e6},
-        "all tasks per meta-step": {"meta_batch": 20},
+        "all tasks per meta-step": {"meta_batch": 20, "meta_steps": 250},
+        "300 meta-steps": {"meta_steps": 300},
         "std from 1, no floor": {"init_std": 1.0, "min_std": 1e-6},
         "no floor of std": {"min_std": 1e-6},
         "no aggregation": {"aggregation_episodes": 0},
@@ -68,14 +67,12 @@ ABLATIONS = {
         "experts: one-step targets": {"expert_return_steps": 1},
         "all time steps": {"inner_every": 1},
         "weak pre-update loss": {"pre_update_imitation": 0.3},
-        "shrinking later steps": {"later_steps": "shrinking"},
     },
     "door": {
         "recipe": {},
         "no detours": {"demonstration_detours": 0},
         "pre-update policy: all angles": {"pre_update_tasks": 0},
         "one advantage scale": {"advantage_scale": "common"},
-        "one alpha": {"step_sizes": "one"},
     },
 }
 
@@ -168,7 +165,7 @@ def show(task: str) -> str:
     near = effects(task, "final_distance", 3)
     lines = [f"| undone | setting | return after 1 step | after 3 steps | {title} after 3 steps |",
              "|---|---|---|---|---|"]
-    for name in sorted(first, key=lambda name: third[name].mean()):
+    for name in sorted(first, key=lambda name: first[name].mean()):
         setting = ", ".join(f"{key}={value}" for key, value in ABLATIONS[task][name].items())
         cells = [f"{part[name].mean():+.0f} ({', '.join(f'{x:+.0f}' for x in part[name])})"
                  for part in (first, third)]
@@ -178,25 +175,58 @@ def show(task: str) -> str:
     return "\n".join(lines)
 
 
+def picture(tasks: list[str]) -> None:
+    """All effects on the return after one and three steps: a bar is the mean, a dot a seed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {task: [effects(task, "return", k) for k in (1, 3)] for task in tasks}
+    heights = [1 + len(first) for first, _ in shown.values()]
+    figure, axes = plt.subplots(len(tasks), 1, figsize=(8, 1 + 0.26 * sum(heights)),
+                                height_ratios=heights, squeeze=False, layout="constrained")
+    for (task, parts), axis in zip(shown.items(), axes[:, 0]):
+        names = sorted(parts[0], key=lambda name: -parts[0][name].mean())
+        for part, shift, color, label in zip(parts, (0.2, -0.2), ("tab:orange", "tab:blue"),
+                                             ("after 1 step", "after 3 steps")):
+            rows = np.arange(len(names)) + shift
+            axis.barh(rows, [part[name].mean() for name in names], 0.38, color=color, alpha=0.5,
+                      label=label)
+            for row, name in zip(rows, names):
+                axis.plot(part[name], np.full(len(part[name]), row), ".", color=color)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(np.arange(len(names)), names)
+        axis.set_xscale("symlog", linthresh=10)
+        axis.set(title=task, xlabel="change of the return when it is undone")
+        axis.legend(loc="lower left")
+    figure.savefig(ROOT / "results" / "ablations" / "effects.png", dpi=110)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=ABLATIONS, default="push")
+    parser.add_argument("--task", choices=ABLATIONS, help="default: push")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
     parser.add_argument("--only", nargs="*", help="names of ablations (default: all)")
     parser.add_argument("--show", action="store_true", help="run nothing")
     options = parser.parse_args()
-    names = [name for name in ABLATIONS[options.task] if name != "recipe"
-             and (not options.only or name in options.only)]
     if not options.show:
-        work_folder(options.task).mkdir(parents=True, exist_ok=True)
-        np.save(work_folder(options.task) / "goals.npy",
-                task_set(make_family(options.task), "validation", GOALS))
+        task = options.task or "push"
+        names = [name for name in ABLATIONS[task] if name != "recipe"
+                 and (not options.only or name in options.only)]
+        work_folder(task).mkdir(parents=True, exist_ok=True)
+        np.save(work_folder(task) / "goals.npy",
+                task_set(make_family(task), "validation", GOALS))
         with ThreadPoolExecutor(2) as pool:  # two processes of one thread each
             for part in (["recipe"], names):
-                list(pool.map(lambda job: one(options.task, *job),
-                              [(name, seed) for name in part for seed in range(options.seeds)]))
-    print(show(options.task))
+                list(pool.map(lambda job: one(task, *job),
+                              [(name, seed) for seed in range(options.seeds) for name in part]))
+    tasks = [task for task in ABLATIONS if effects(task, "return", 1)]
+    for task in tasks:
+        print(f"{task}\n{show(task)}\n")
+    if tasks:
+        picture(tasks)
 
 
 if __name__ == "__main__":

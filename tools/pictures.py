@@ -63,10 +63,9 @@ def draw_meta_training(rows, settings, axis) -> None:
         axis.set(title="meta-training, sampled actions, training tasks",
                  ylabel="return per episode")
     elif "imitation_0" in rows[0]:
-        steps = settings.inner_steps
         own, lowest = " (its own tasks)" if settings.pre_update_tasks else "", 0
         curves = (("imitation_0", f"before adaptation{own}", ends),
-                  (f"imitation_{steps}", f"after inner step {steps}", ends))
+                  ("imitation_1", "after the inner step", ends))
         axis.set(title="meta-training, last meta-step of each collection",
                  ylabel="imitation loss, training tasks")
     else:

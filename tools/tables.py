@@ -1,10 +1,11 @@
-"""The tables of README.md and docs/results.md, from the results that they report.
+"""The tables of README.md and docs/, from the results that they report.
 
-    python tools/tables.py    # rewrites both; nothing changes where they are up to date
+    python tools/tables.py    # rewrites them; nothing changes where they are up to date
 
 A table is between a marker and "<!-- end -->". `<!-- SUMMARY -->`: a row per task and method.
 `<!-- TABLE task/method -->`: one method in full. `<!-- CLOSING task/method/seed -->`: the last
-lines of one run. All come from results/TASK/METHOD/seed*/result.json.
+lines of one run. These come from results/TASK/METHOD/seed*/result.json. `<!-- ABLATIONS task -->`:
+the table of tools/ablations.py.
 """
 import json
 import re
@@ -19,9 +20,10 @@ sys.path.insert(0, str(HERE))
 from checkpoints import UserError, write_atomically
 from evaluate import LEVELS, by_round, closing_counts, closing_table, mean_of, update_word
 from tasks import TASKS, load
+from tools import ablations
 from tools.intervals import spread
 
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/deviations.md")
 
 
 def results(folder: Path, pattern: str) -> list[dict]:
@@ -55,7 +57,7 @@ def minutes(results: list[dict]) -> list[float]:
     return [sum(result["wall_seconds"].values()) / 60 for result in results]
 
 
-# ---------------------------------------------------------------- the three kinds
+# ---------------------------------------------------------------- kinds of tables
 def table(task: str, results: list[dict]) -> str:
     """One method on one task: means over its tasks, mean actions unless it says otherwise."""
     family = load(task)
@@ -123,13 +125,16 @@ def fill(text: str, folder: Path = HERE) -> str:
             body = summary(folder)
         elif kind == "TABLE":
             body = table(name.split("/")[0], results(folder, f"{name}/seed*"))
+        elif kind == "ABLATIONS":
+            body = ablations.show(name)
         else:
             body = closing(results(folder, name)[0])
         return f"{match[1]}{body}\n{match[4]}"
 
     # Up to the next "<!-- end -->", and never over another marker.
-    marked = r"(<!-- (SUMMARY|TABLE|CLOSING) ?([\w/-]*) -->\n)(?:(?!<!-- ).*\n)*?(<!-- end -->)"
-    if len(re.findall(marked, text)) != len(re.findall(r"<!-- (?:SUMMARY|TABLE|CLOSING)", text)):
+    kinds = "SUMMARY|TABLE|CLOSING|ABLATIONS"
+    marked = rf"(<!-- ({kinds}) ?([\w/-]*) -->\n)(?:(?!<!-- ).*\n)*?(<!-- end -->)"
+    if len(re.findall(marked, text)) != len(re.findall(f"<!-- (?:{kinds})", text)):
         raise UserError('a marker of a table has no "<!-- end -->" of its own')
     return re.sub(marked, filled, text)
 
