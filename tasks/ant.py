@@ -108,7 +108,7 @@ class AntGoal(MujocoFamily):
 
     # ---- settings, tables, films
     settings = dict(
-        expert_iterations=150, expert_updates=300, expert_batch=256, expert_learning_rate=2e-3,
+        expert_iterations=200, expert_updates=300, expert_batch=256, expert_learning_rate=2e-3,
         expert_discount=0.99, expert_return_steps=10, expert_reward_scale=1.0,
         expert_noise_correlation=0.9, imitation_steps=1000, discount=0.99, gae_lambda=0.95,
         noise_correlation=0.9, init_std=0.4, min_std=0.3, episodes=16, shared_episodes=0,
