@@ -110,11 +110,9 @@ class AntGoal(MujocoFamily):
     settings = dict(
         expert_iterations=200, expert_updates=300, expert_batch=256, expert_learning_rate=2e-3,
         expert_discount=0.99, expert_return_steps=10, expert_reward_scale=1.0,
-        expert_noise_correlation=0.9, imitation_steps=1000, discount=0.99, gae_lambda=0.95,
-        noise_correlation=0.9, init_std=0.4, min_std=0.3, episodes=16, shared_episodes=0,
-        inner_every=4, meta_steps=150,
-        meta_batch=10, imitation_batch=800, pre_update_imitation=1.0, init_step_size=0.02,
-        learning_rate=3e-3, step_size_learning_rate=6e-3)
+        expert_noise_correlation=0.9, noise_correlation=0.9, discount=0.99, gae_lambda=0.95,
+        episodes=50, shared_episodes=150, inner_every=8, meta_steps=400, imitation_batch=800,
+        pre_update_imitation=1.0, test_episodes=50)
     local_settings = dict(expert_iterations=100, expert_episodes=20, expert_batch=128,
                           expert_updates=400)
     paper_settings = dict(training_tasks=40, episodes=50, test_episodes=50)
