@@ -103,12 +103,13 @@ def init_step_sizes(theta: Params, settings: Settings) -> Params:
 def step_sizes(alpha: Params, k: int, settings: Settings) -> Params:
     """alpha of gradient step k = 0, 1, ... Meta-training takes one; those after it are [ours].
 
-    Full steps overshoot there. "climbing": 0.4 of alpha, with negative entries set to 0. These go
-    against the reward's gradient, which can help in the first step only. "full": alpha [release].
+    Full steps overshoot there, so alpha is multiplied by `later_steps`. Its negative entries are
+    set to 0: they go against the reward's gradient, which can help in the first step only. With
+    `later_steps` 1 alpha stays as it is [release].
     """
-    if k == 0 or settings.later_steps == "full":
+    if k == 0 or settings.later_steps == 1:
         return alpha
-    return {name: (0.4 * value).clamp(min=0) for name, value in alpha.items()}
+    return {name: (settings.later_steps * value).clamp(min=0) for name, value in alpha.items()}
 
 
 def importance_weights(log_p: torch.Tensor, batch: dict, settings: Settings) -> torch.Tensor:

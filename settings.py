@@ -90,9 +90,9 @@ class Settings:
 
     # ---- Inner step (advantages.py, gmps.py)
     init_step_size: float = within(0.03, 0.0, 10.0, "*alpha at the start [release: 0.5]")
-    later_steps: str = one_of(
-        "climbing", ("climbing", "full"),
-        "step sizes after the first step, at meta-test: 0.4 max(alpha, 0); alpha [release]")
+    later_steps: float = within(
+        0.3, 0.0, 1.0,
+        "at meta-test, factor on alpha's positive part after the first step; 1: alpha [release]")
     adapt_std: str = one_of("no", ("no", "yes"),
                             "whether log-std adapts in the inner step [release: yes]")
     discount: float = within(0.9, 0.0, 1.0, "*of advantages [ours; release: 0.99]")
@@ -147,7 +147,7 @@ class Settings:
 PAPER = dict(
     training_tasks=20, test_episodes=40, demonstration_noise=0.0, demonstration_detours=0,
     observations="raw", init_std=1.0, min_std=1e-6, noise_correlation=0.0, episodes=20,
-    shared_episodes=0, reuse=0, init_step_size=0.5, later_steps="full", adapt_std="yes",
+    shared_episodes=0, reuse=0, init_step_size=0.5, later_steps=1.0, adapt_std="yes",
     discount=0.99, gae_lambda=1.0, baseline="squares", advantage_scale="per task", max_weight=1e30,
     inner_every=1, imitation_steps=0, collections=20, meta_steps=300, meta_batch=1000,
     imitated_action="mean", learning_rate=1e-3, step_size_learning_rate=1e-3, final_rate=1.0,

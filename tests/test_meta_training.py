@@ -33,7 +33,7 @@ def test_step_sizes_of_every_gradient_step():
         assert value.shape == theta[name].shape
         assert name == "log_std" or (value == np.float32(0.1)).all()
     alpha = {"b3": torch.tensor([[0.8, -0.4]])}
-    for choice, later in (("climbing", [0.32, 0.0]), ("full", [0.8, -0.4])):
+    for choice, later in ((0.4, [0.32, 0.0]), (1.0, [0.8, -0.4])):
         settings = dataclasses.replace(TINY, later_steps=choice)
         for k, expected in enumerate([[0.8, -0.4], later, later]):
             size = gmps.step_sizes(alpha, k, settings)["b3"]
