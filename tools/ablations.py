@@ -5,7 +5,8 @@
 
 Every run is `run.py` on one thread with one setting changed. What leaves the experts alone takes
 those of the recipe's run with the same seed; their steps are counted all the same. Each policy then
-adapts to 40 validation goals, never to the held-out ones. Kept: results/ablations/TASK/NAME/
+adapts to 40 validation goals, never to the held-out ones (but for --preset paper, which is read
+from results/). Kept: results/ablations/TASK/NAME/
 seedS.json. A command that was stopped goes on where it was. The picture is effects.png there.
 """
 import argparse
@@ -26,6 +27,7 @@ from evaluate import by_round, mean_of  # noqa: E402
 from tasks import make_family, task_set  # noqa: E402
 
 GOALS, ROUNDS = 40, 3
+PAPER = "all of them: --preset paper"
 # Name of the run: what it changes. "recipe" changes nothing.
 ABLATIONS = {
     "push": {
@@ -144,19 +146,25 @@ def one(task: str, name: str, seed: int) -> None:
 
 
 def effects(task: str, key: str, k: int) -> dict[str, np.ndarray]:
-    """{name: differences to the recipe after k steps, one for each seed that both have}."""
+    """{name: differences to the recipe after k steps, one for each seed that both have}.
+
+    PAPER is the difference between two sets of results/TASK, both of held-out goals.
+    """
     def of(name):
         folder = kept(task, name, 0).parent
         rows = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
         return {row["seed"]: row[key][k] for row in rows}
-    recipe = of("recipe")
-    out = {}
-    for name in ABLATIONS[task]:
-        mine = of(name)
-        seeds = sorted(mine.keys() & recipe.keys())
-        if seeds and name != "recipe":
-            out[name] = np.array([mine[seed] - recipe[seed] for seed in seeds])
-    return out
+
+    def result_of(method):
+        files = (ROOT / "results" / task / method).glob("seed*/result.json")
+        lists = {file.parent.name: json.loads(file.read_text())["held_out"] for file in files}
+        return {seed: mean_of(by_round(entries)[k], key) for seed, entries in lists.items()}
+
+    pairs = {name: (of(name), of("recipe")) for name in ABLATIONS[task] if name != "recipe"}
+    pairs[PAPER] = result_of("gmps-paper"), result_of("gmps")
+    both = {name: sorted(mine.keys() & recipe.keys()) for name, (mine, recipe) in pairs.items()}
+    return {name: np.array([pairs[name][0][seed] - pairs[name][1][seed] for seed in seeds])
+            for name, seeds in both.items() if seeds}
 
 
 def show(task: str) -> str:
@@ -167,7 +175,8 @@ def show(task: str) -> str:
     lines = [f"| undone | setting | return after 1 step | after 3 steps | {title} after 3 steps |",
              "|---|---|---|---|---|"]
     for name in sorted(first, key=lambda name: first[name].mean()):
-        setting = ", ".join(f"{key}={value}" for key, value in ABLATIONS[task][name].items())
+        changes = {"preset": "paper"} if name == PAPER else ABLATIONS[task][name]
+        setting = ", ".join(f"{key}={value}" for key, value in changes.items())
         cells = [f"{part[name].mean():+.0f} ({', '.join(f'{x:+.0f}' for x in part[name])})"
                  for part in (first, third)]
         distances = unit * near[name]
