@@ -9,7 +9,6 @@ Letters in shapes: n tasks, K episodes per task, T steps, B = K * T samples per 
 Parameters are dicts of tensors (policy.py): `theta` without, `phi` with a leading task axis.
 """
 import copy
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -65,8 +64,7 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
 def collect(learner: "MetaLearner", problem) -> dict:
     """Step 3a: D_i of all tasks, tensors (n, episodes, T, ...), from pi_theta_0.
 
-    Their "behaviour_log_prob" is all that must be kept of theta_0. D_i holds the episodes of
-    earlier collections, too (`reuse`).
+    Their "behaviour_log_prob" is all that must be kept of theta_0.
 
     [ours] With `shared_episodes` all tasks share their episodes. pi_theta_0 is the same on every
     task, and so are the dynamics. A task decides about rewards alone, and meta-training knows how.
@@ -82,7 +80,7 @@ def collect(learner: "MetaLearner", problem) -> dict:
     explored = actor.explored(episodes)
     if shared:
         explored = for_all_tasks(explored, episodes, family, problem.tasks)
-    return learner.remember(explored)
+    return explored
 
 
 # ---------------------------------------------------------------- 3b, inner: a policy gradient step
@@ -124,7 +122,7 @@ def importance_weights(log_p: torch.Tensor, batch: dict, settings: Settings) -> 
 
 def inner_loss(phi: Params, batch: dict, settings: Settings) -> torch.Tensor:
     """(n,): - mean_t( log pi_phi(a_t|s_t) w_t A_t ), the policy-gradient loss of each task."""
-    mask, log_p = batch["mask"], log_prob(phi, batch["features"], batch["action"], settings)
+    mask, log_p = batch["mask"], log_prob(phi, batch["features"], batch["action"])
     weight = importance_weights(log_p, batch, settings)
     return -(log_p * weight * batch["advantage"] * mask).sum(-1) / mask.sum(-1)
 
@@ -194,7 +192,7 @@ class MetaLearner:
         self.device, self.n = problem.device, len(problem.tasks)
         self.products = baseline_products(problem.family, settings)
         self.given = demonstrations.actions.shape[1]  # labelled states per task before step 3c
-        self.scale, self.collection, self.env_steps, self.memory = None, 0, 0, []
+        self.scale, self.collection, self.env_steps = None, 0, 0
         pre_update = min(settings.pre_update_tasks, self.n)
         self.pre_update_tasks = np.arange(self.n - pre_update, self.n)
         if state is None:
@@ -218,7 +216,6 @@ class MetaLearner:
         if training is not None:
             self.optimiser.load_state_dict(copy.deepcopy(training["optimiser"]))
             self.collection, self.env_steps = training["collection"], training["env_steps"]
-            self.memory = copy.deepcopy(training["memory"])
             inputs, actions, mask = training["aggregated"]
             demonstrations.add(inputs, actions.numpy(), mask.numpy())
         elif state is not None:  # the state of a finished run
@@ -233,11 +230,6 @@ class MetaLearner:
         self.collection += 1
         self.meta_step, self.row = 0, {"divergences": 0}
         return True
-
-    def remember(self, explored: dict) -> dict:
-        """These episodes and those of the last `reuse` collections, together."""
-        self.memory = [*self.memory, explored][-1 - self.settings.reuse:]
-        return {name: torch.cat([part[name] for part in self.memory], dim=1) for name in explored}
 
     def batch(self, collected: dict, some: np.ndarray) -> dict:
         """The inner step's batch of the tasks `some`, from K random episodes of each.
@@ -274,10 +266,7 @@ class MetaLearner:
         """One step of Adam on theta and alpha."""
         self.info, settings = info, self.settings
         step = (self.collection - 1) * settings.meta_steps + self.meta_step
-        # Warm-up [ours]: Adam's first steps have full size, however small the gradient is.
-        warm = min(1.0, (step + 1) / settings.warm_up_steps)
-        set_rates(self.optimiser, [settings.learning_rate * warm,
-                                   settings.step_size_learning_rate * warm],
+        set_rates(self.optimiser, [settings.learning_rate, settings.step_size_learning_rate],
                   step / (settings.collections * settings.meta_steps), settings.final_rate)
         self.optimiser.zero_grad()
         loss.backward()
@@ -288,8 +277,6 @@ class MetaLearner:
                 f"the meta-gradient is not finite in collection {self.collection}: start anew "
                 "with a lower learning_rate or another seed, and another output folder")
         self.optimiser.step()
-        with torch.no_grad():  # below the floor log-std gets no gradient and would stay there
-            self.theta["log_std"].clamp_(min=math.log(settings.min_std))
         self.meta_step += 1
 
     def policy(self) -> dict:
@@ -302,7 +289,6 @@ class MetaLearner:
         return {"policy": self.policy(), "training": {
             "optimiser": copy.deepcopy(self.optimiser.state_dict()),
             "collection": self.collection, "env_steps": self.env_steps,
-            "memory": copy.deepcopy(self.memory),
             "aggregated": self.demonstrations.added(self.given)}}
 
     def metrics(self) -> dict:
@@ -310,7 +296,7 @@ class MetaLearner:
         batch = self.meta_batch
         with torch.no_grad():
             log_p = log_prob(per_task(self.theta, len(batch["mask"])), batch["features"],
-                             batch["action"], self.settings)
+                             batch["action"])
             weight = importance_weights(log_p, batch, self.settings)[batch["mask"] > 0]
         return self.row | {
             "iteration": self.collection, "env_steps": self.env_steps,

@@ -17,6 +17,7 @@ import torch
 from settings import Settings, random_streams
 
 Params = dict[str, torch.Tensor]
+MIN_STD = 1e-6  # of the exploration noise [release]
 
 
 # ---------------------------------------------------------------- parameters
@@ -84,18 +85,17 @@ def mean_action(phi: Params, x: torch.Tensor) -> torch.Tensor:
     return torch.baddbmm(phi["b3"], x, phi["w3"])
 
 
-def action_std(phi: Params, settings: Settings) -> torch.Tensor:
-    """Standard deviation (n, 1, act), never below the floor."""
-    return phi["log_std"].clamp(min=math.log(settings.min_std)).exp()
+def action_std(phi: Params) -> torch.Tensor:
+    """Standard deviation (n, 1, act), at least MIN_STD."""
+    return phi["log_std"].clamp(min=math.log(MIN_STD)).exp()
 
 
-def log_prob(phi: Params, x: torch.Tensor, action: torch.Tensor,
-             settings: Settings) -> torch.Tensor:
+def log_prob(phi: Params, x: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
     """log pi_phi(a|s), (n, B), of actions (n, B, act) for features x (n, B, F).
 
     Summed over action dimensions: they are independent.
     """
-    std = action_std(phi, settings)
+    std = action_std(phi)
     deviation = (action - mean_action(phi, x)) / std
     return (-0.5 * deviation.square() - std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
 
@@ -145,7 +145,7 @@ class Actor:
             self.noise = CorrelatedNoise(tuple(mean.shape), self.settings.noise_correlation,
                                          self.generator)
         # Not clipped here: the environment clips, and log pi must be that of the sample itself.
-        action = mean + action_std(self.phi, self.settings) * next(self.noise).to(mean)
+        action = mean + action_std(self.phi) * next(self.noise).to(mean)
         return action.flatten(0, 1).cpu().numpy()
 
     def network_input(self, observation) -> torch.Tensor:
@@ -173,7 +173,7 @@ class Actor:
             return torch.as_tensor(value, dtype=x.dtype).view(n, -1, *value.shape[1:])
         action = by_task(episodes["actions"])
         log_p = log_prob(self.phi, x.flatten(1, 2).to(self.phi["z"].device),
-                         action.flatten(1, 2).to(self.phi["z"].device), self.settings)
+                         action.flatten(1, 2).to(self.phi["z"].device))
         observation = normalised(self.family, episodes["observations"][:, :-1], x.dtype)
         return {"features": x, "observation": by_task(observation), "action": action,
                 "behaviour_log_prob": log_p.cpu().view(action.shape[:-1]),

@@ -80,13 +80,11 @@ class Settings:
     hidden: int = within(100, 1, 4096, "*units in each of two hidden layers [release]")
     bias_vector: int = within(4, 1, 1000, "size of the learned input z [release]")
     init_std: float = within(0.5, 1e-3, 10.0, "exploration noise at the start [release: 1]")
-    min_std: float = within(0.35, 1e-6, 10.0, "floor of the exploration noise [release: 1e-6]")
     noise_correlation: float = within(
         0.0, 0.0, 0.999, "correlation of exploration noise with the step before [ours]")
     episodes: int = within(10, 2, 10_000, "*K, episodes per task for the inner step [release: 20]")
     shared_episodes: int = within(
         60, 0, 10_000, "*of the pre-update policy per collection, for all tasks; 0: K each [ours]")
-    reuse: int = within(10, 0, 1000, "earlier collections whose episodes are drawn as well [ours]")
 
     # ---- Inner step (advantages.py, gmps.py)
     init_step_size: float = within(0.03, 0.0, 10.0, "*alpha at the start [release: 0.5]")
@@ -118,7 +116,6 @@ class Settings:
     learning_rate: float = within(5e-3, 1e-7, 1.0, "*of theta [release: 1e-3]")
     step_size_learning_rate: float = within(1e-2, 1e-7, 1.0, "of alpha [release: 1e-3]")
     final_rate: float = within(0.1, 0.0, 1.0, "both rates fall to this share [ours; release: 1]")
-    warm_up_steps: int = within(25, 1, 1_000_000, "meta-steps over which both rates rise [ours]")
     clip_norm: float = within(10.0, 1e-3, 1e6, "of the outer gradient [ours]")
     pre_update_imitation: float = within(
         0.3, 0.0, 100.0, "weight of the pre-update policy's own imitation loss [ours]")
@@ -146,12 +143,12 @@ class Settings:
 # `paper_settings` come on top. Soft actor-critic stays as it is, since the release has none.
 PAPER = dict(
     training_tasks=20, test_episodes=40, demonstration_noise=0.0, demonstration_detours=0,
-    observations="raw", init_std=1.0, min_std=1e-6, noise_correlation=0.0, episodes=20,
-    shared_episodes=0, reuse=0, init_step_size=0.5, later_steps=1.0, adapt_std="yes",
+    observations="raw", init_std=1.0, noise_correlation=0.0, episodes=20,
+    shared_episodes=0, init_step_size=0.5, later_steps=1.0, adapt_std="yes",
     discount=0.99, gae_lambda=1.0, baseline="squares", advantage_scale="per task", max_weight=1e30,
     inner_every=1, imitation_steps=0, collections=20, meta_steps=300, meta_batch=1000,
     imitated_action="mean", learning_rate=1e-3, step_size_learning_rate=1e-3, final_rate=1.0,
-    warm_up_steps=1, clip_norm=1e6, pre_update_imitation=0.0, pre_update_tasks=0)
+    clip_norm=1e6, pre_update_imitation=0.0, pre_update_tasks=0)
 
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40,

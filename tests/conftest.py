@@ -20,8 +20,8 @@ HERE = Path(__file__).parent.parent
 REFERENCE = HERE.parent / "shared" / "reference"  # recorded episodes; users do not have them
 PUSH = make_family("push")
 HORIZON = PUSH.horizon
-TINY = Settings(hidden=8, bias_vector=2, init_std=0.6, min_std=0.3, init_step_size=0.1,
-                pre_update_imitation=0.3, episodes=2, shared_episodes=0, reuse=0, max_weight=1e6,
+TINY = Settings(hidden=8, bias_vector=2, init_std=0.6, init_step_size=0.1,
+                pre_update_imitation=0.3, episodes=2, shared_episodes=0, max_weight=1e6,
                 imitation_batch=16)
 
 
@@ -150,7 +150,7 @@ def through_bytes(state):
 # ---------------------------------------------------------------- tiny runs of the whole command
 BUDGET = dict(training_tasks=2, held_out_tasks=2, expert_iterations=8, expert_updates=2,
               expert_episodes=4, expert_width=8, expert_batch=16, demonstration_episodes=3,
-              imitation_steps=3, hidden=8, episodes=3, shared_episodes=0, reuse=0,
+              imitation_steps=3, hidden=8, episodes=3, shared_episodes=0,
               collections=3, meta_steps=2, aggregation_episodes=1, imitation_batch=10,
               test_episodes=3)
 ARGUMENTS = ["--quick", "--threads", "1",

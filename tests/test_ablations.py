@@ -26,7 +26,7 @@ def test_every_ablation_changes_just_what_it_names(task, tmp_path):
 
 def test_effects_are_differences_between_runs_of_the_same_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(ablations, "ROOT", tmp_path)
-    kept = {"recipe": {0: 700, 1: 650, 2: 690}, "no reuse": {2: 660, 0: 680}}
+    kept = {"recipe": {0: 700, 1: 650, 2: 690}, "w unbounded": {2: 660, 0: 680}}
     for name, returns in kept.items():
         for seed, value in returns.items():
             path = ablations.kept("push", name, seed)
@@ -34,8 +34,8 @@ def test_effects_are_differences_between_runs_of_the_same_seed(tmp_path, monkeyp
             path.write_text(json.dumps({"seed": seed, "return": [0, value, 0, value + 10],
                                         "final_distance": [0, 0, 0, value / 1e4]}))
     found = ablations.effects("push", "return", 1)
-    assert list(found) == ["no reuse"] and np.array_equal(found["no reuse"], [-20, -30])
-    assert "| no reuse | `reuse=0` | -25 (-20, -30) | -25 (-20, -30) | -0.0025 |" in (
+    assert list(found) == ["w unbounded"] and np.array_equal(found["w unbounded"], [-20, -30])
+    assert "| w unbounded | `max_weight=1e+30` | -25 (-20, -30) | -25 (-20, -30) | -0.0025 |" in (
         ablations.show("push"))
 
 
@@ -45,7 +45,7 @@ def test_experts_are_lent_to_runs_that_leave_them_alone(tmp_path, monkeypatch):
     lender.parent.mkdir(parents=True)
     content = {"policy": [], "env_steps": {"experts": 30_000}}
     save_checkpoint(lender, "experts", settings_of("push", "recipe", lender.parent), content)
-    for name, lent in (("no reuse", True), ("experts: tau 0.005", False)):
+    for name, lent in (("w unbounded", True), ("experts: tau 0.005", False)):
         ablations.lend_experts("push", name, 0)
         path = ablations.place("push", name, 0) / "experts.pt"
         assert path.exists() == lent

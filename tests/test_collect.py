@@ -59,7 +59,7 @@ def test_shared_episodes_are_worth_to_each_task_what_its_own_simulation_pays(fam
     assert explored["reward"].dtype == torch.float32
 
     x = policy.normalised(family, episodes["observations"][:, :-1])
-    log_p = policy.log_prob(policy.per_task(learner.theta, 5), x, torch.as_tensor(actions), SHARED)
+    log_p = policy.log_prob(policy.per_task(learner.theta, 5), x, torch.as_tensor(actions))
     for name, expected in (("features", x), ("observation", x), ("action", actions),
                            ("behaviour_log_prob", log_p.detach()), ("mask", lasts[0])):
         kept = explored[name].expand(3, *expected.shape)
@@ -83,24 +83,6 @@ def test_without_shared_episodes_or_known_rewards_each_task_has_its_own():
         assert count == 2 and np.array_equal(tasks, problem.tasks)
         assert explored["action"].shape == (3, 2, 50, 3) and learner.env_steps == 3 * 2 * 50
         assert np.array_equal(explored["reward"].flatten(0, 1), np.float32(episodes["rewards"]))
-
-
-@pytest.mark.parametrize("reuse", [0, 1, 2])
-def test_episodes_of_the_last_collections_stay(reuse):
-    """The oldest first, with the densities of old."""
-    settings, parts = dataclasses.replace(SHARED, collections=4, reuse=reuse), []
-    learner, problem, _ = prepared(PUSH, settings)
-    for done in range(4):
-        collected, kept = gmps.collect(learner, problem), min(done, reuse)
-        assert collected["reward"].shape == (3, (kept + 1) * 5, 50)
-        parts.append({name: value[:, -5:] for name, value in collected.items()})
-        for name, value in collected.items():
-            expected = torch.cat([part[name] for part in parts[-1 - kept:]], dim=1)
-            assert torch.equal(value, expected), name
-        learner.theta["b3"].data[0, 0] += 0.1
-        learner.begin_collection()
-    density = [part["behaviour_log_prob"] for part in parts]
-    assert all((one - other).abs().max() > 0.1 for one, other in zip(density, density[1:]))
 
 
 # ---------------------------------------------------------------- batches of stored episodes

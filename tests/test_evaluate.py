@@ -279,7 +279,7 @@ def test_multitask_imitation():
         batch, _ = push_batch(adapter.actor.explored(episodes), settings, scale=1.0)
         advantage = batch["advantage"] / batch["advantage"].square().mean(1, keepdim=True).sqrt()
         phi = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
-        log_p = log_prob(phi, batch["features"], batch["action"], settings)
+        log_p = log_prob(phi, batch["features"], batch["action"])
         (log_p * advantage).mean(1).sum().backward()
         adapter.update(episodes)
         for name, value in phi.items():

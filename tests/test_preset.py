@@ -1,5 +1,6 @@
 """Tests of --preset paper and of the settings that it switches: each does what its help says."""
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -60,6 +61,12 @@ def test_log_std_adapts_only_on_request(choice):
     phi = gmps.adapt(theta, alpha, batch, settings, first_order=True)
     assert (phi["log_std"] != theta["log_std"]).all() == (choice == "yes")
     assert (phi["b3"] != theta["b3"]).any()
+
+
+def test_std_has_the_floor_of_the_release():
+    log_std = torch.tensor([[[0.0, -1.0, -50.0]]])
+    assert torch.allclose(policy.action_std({"log_std": log_std}),
+                          torch.tensor([[[1.0, math.exp(-1), 1e-6]]]))
 
 
 def test_imitated_action_is_the_executed_one_or_the_mean():
