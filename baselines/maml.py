@@ -1,17 +1,21 @@
 """MAML with TRPO outside: meta-training by on-policy reinforcement learning of adapted policies.
 
-Sources: "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks" (Finn, Abbeel, Levine
-2017, arXiv 1703.03400), Algorithm 3, whose line numbers stand in `train`; "Trust Region Policy
-Optimization" [TRPO] (Schulman et al. 2015, arXiv 1502.05477v5); one learned step size for every
-parameter as in "Meta-SGD" (Li et al. 2017, arXiv 1707.09835).
+Sources: [MAML] "Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks" (Finn, Abbeel,
+Levine 2017, arXiv 1703.03400), Algorithm 3, whose line numbers stand in `train`; [TRPO] "Trust
+Region Policy Optimization" (Schulman et al. 2015, arXiv 1502.05477v5); a learned step size for
+every parameter as in "Meta-SGD" (Li et al. 2017, arXiv 1707.09835).
 
-It differs from guided meta-policy search in the outer objective alone: the return of the adapted
-policy takes the place of an expert's actions. Policy, baseline, advantages and inner step are those
-of GMPS. It asks no expert. So theta starts from random weights, and every outer step needs fresh
-episodes: K of each task before every inner step, and K after the last.
+It differs from guided meta-policy search in the outer objective: the return of adapted policies
+takes the place of the experts' actions. Policy, baseline, advantages, inner step and meta-test are
+those of GMPS. There are no experts, so theta starts from random weights. And every outer step needs
+new episodes: K of each task before every inner step, and K after the last. It moves theta and alpha
+as one vector, within one bound.
 
-As in the paper, the meta-gradient leaves out that theta also decides which episodes the inner step
-sees. Letters in shapes: m tasks of an iteration, K episodes per task, T steps, B = K * T samples.
+Two inner objectives have the same inner gradient: log pi * A [MAML], and pi / pi_old * A (Rothfuss
+et al. 2019, arXiv 1810.06784). The outer gradient of the second also knows that another theta would
+explore other episodes. It is the default: with the first, a longer training spoils the policy.
+
+Letters in shapes: m tasks of an iteration, K episodes per task, T steps, B = K * T samples.
 """
 import math
 from collections.abc import Callable, Iterator
@@ -45,14 +49,19 @@ class Settings(settings_module.Settings):
         20, 2, 10_000, "*K, per task before each inner step, and again after the last")
     meta_batch: int = within(20, 1, 1000, "tasks per iteration, at most all")
     init_std: float = within(1.0, 1e-3, 10.0, "exploration noise at the start")
-    init_step_size: float = within(0.1, 0.0, 10.0, "*alpha at the start [Finn et al.: 0.1]")
+    init_step_size: float = within(0.1, 0.0, 10.0, "*alpha at the start [MAML: 0.1]")
+    later_steps: float = within(
+        0.5, 0.0, 1.0, "*at meta-test, factor on alpha's positive part in untrained steps [MAML]")
     adapt_std: str = one_of("yes", ("yes", "no"), "whether log-std adapts in the inner step")
     # A random policy's rewards are small: a scale that its first episodes fix is soon too small.
     advantage_scale: str = one_of("per task", ("per task", "common"),
                                   "divide advantages by each task's scale, or by one")
     # Its own
     learn_step_sizes: str = one_of(
-        "yes", ("yes", "no"), "*whether the outer step moves alpha as well; no: Finn et al.")
+        "yes", ("yes", "no"), "*whether the outer step moves alpha as well; no [MAML]")
+    inner_objective: str = one_of(
+        "ratio", ("ratio", "log-likelihood"),
+        "*what the outer step differentiates: pi / pi_old * A; log pi * A [MAML]")
     inner_steps: int = within(1, 1, 100, "gradient steps in meta-training, with episodes for each")
     max_kl: float = within(0.01, 1e-8, 10.0, "*bound of an outer step's mean KL [TRPO: 0.01]")
     cg_iterations: int = within(10, 1, 1000, "of conjugate gradient [TRPO: 10]")
@@ -86,13 +95,20 @@ def adapt(theta: Params, alpha: Params, adaptation: list[dict], settings: Settin
           first_order: bool = False) -> Params:
     """phi_i of the m tasks: theta after an inner step on each batch of `adaptation`, in order.
 
-    Batch k was explored by phi_k. Its "behaviour_log_prob" are those of that policy, so that the
-    inner loss's weights w are 1 until theta moves. Then they follow: the line search sees what the
-    same episodes say of the new theta's inner steps.
+    Batch k was explored by phi_k, whose log-probabilities it holds: w of the inner loss is 1 until
+    theta moves.
     """
-    phi = gmps.adapt(theta, alpha, adaptation[0], settings, first_order)
-    for batch in adaptation[1:]:
-        phi = gmps.inner_step(phi, alpha, batch, settings, first_order)
+    phi = per_task(theta, len(adaptation[0]["mask"]))
+    for batch in adaptation:
+        log_p = log_prob(phi, batch["features"], batch["action"], settings)
+        behaviour = log_p.detach()  # log-likelihood: w stays 1
+        if settings.inner_objective == "ratio":
+            # GMPS stops the gradient of w = pi_phi / pi_behaviour. This puts it back, for the outer
+            # step only: the inner gradient is taken in `own`, which it does not come from.
+            behaviour = batch["behaviour_log_prob"] + behaviour - log_p
+        own = {name: value.clone() for name, value in phi.items()}
+        phi = gmps.inner_step(own, alpha, batch | {"behaviour_log_prob": behaviour}, settings,
+                              first_order)
     return phi
 
 
@@ -111,20 +127,15 @@ def surrogate_loss(phi: Params, batch: dict, settings: Settings) -> torch.Tensor
     return -mean_over(ratio * batch["advantage"], batch["mask"])
 
 
-def gaussian(phi: Params, batch: dict, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (m, B, act) and std (m, 1, act) of the policies in the states of a batch."""
-    return mean_action(phi, batch["features"]), action_std(phi, settings)
-
-
-def mean_kl(old: tuple[torch.Tensor, torch.Tensor], new: tuple[torch.Tensor, torch.Tensor],
-            mask: torch.Tensor) -> torch.Tensor:
-    """mean_i mean_s KL(pi_old_i(.|s) || pi_new_i(.|s)) of `gaussian`s: what [TRPO] Eq. 14 bounds.
+def mean_kl(old: Params, new: Params, batch: dict, settings: Settings) -> torch.Tensor:
+    """mean_i mean_s KL(pi_old_i(.|s) || pi_new_i(.|s)): what [TRPO] Eq. 14 bounds.
 
     Summed over action dimensions, as log-probabilities are: they are independent.
     """
-    (mean, std), (new_mean, new_std) = old, new
+    (mean, std), (new_mean, new_std) = (
+        (mean_action(phi, batch["features"]), action_std(phi, settings)) for phi in (old, new))
     squares = (std.square() + (mean - new_mean).square()) / (2 * new_std.square())
-    return mean_over(((new_std / std).log() + squares - 0.5).sum(-1), mask)
+    return mean_over(((new_std / std).log() + squares - 0.5).sum(-1), batch["mask"])
 
 
 # ---------------------------------------------------------------- TRPO
@@ -187,13 +198,13 @@ def trust_region_step(parameters: list[torch.Tensor], evaluate: Callable, move: 
     gradient = flat(torch.autograd.grad(loss, parameters, retain_graph=True,
                                         materialize_grads=True))
     info = {"gradient_norm": gradient.norm().item(), "improvement": 0.0, "kl": 0.0, "length": 0.0}
-    if not math.isfinite(info["gradient_norm"]):
-        raise FloatingPointError("the meta-gradient is not finite: start anew with a smaller "
-                                 "init_step_size or another seed, and another output folder")
     product = fisher_product(kl, parameters, settings.damping)
     direction = conjugate_gradient(product, gradient, settings.cg_iterations)  # s = F^-1 g
     curvature = (direction @ product(direction)).item()                        # s F s
-    if not curvature > 0:  # the gradient is 0: no episode was better than another
+    if not math.isfinite(info["gradient_norm"] + curvature):
+        raise FloatingPointError("the meta-gradient is not finite: start anew with a smaller "
+                                 "init_step_size or another seed, and another output folder")
+    if curvature <= 0:  # the gradient is 0: no episode was better than another
         return info
     # The longest step: to second order its KL, 1/2 beta^2 s F s, is the bound.
     beta = math.sqrt(2 * settings.max_kl / curvature)
@@ -210,7 +221,7 @@ def trust_region_step(parameters: list[torch.Tensor], evaluate: Callable, move: 
 
 # ---------------------------------------------------------------- what meta-training updates
 class MetaLearner(gmps.MetaLearner):
-    """theta, alpha, the advantages' scale. Random streams and counts are those of GMPS."""
+    """theta, alpha, the advantages' scale. `begin_collection` and `count` are those of GMPS."""
 
     def __init__(self, problem, settings: Settings, state: dict | None = None):
         self.family, self.settings, self.problem = problem.family, settings, problem
@@ -251,12 +262,11 @@ class MetaLearner(gmps.MetaLearner):
     def step(self, phi: Params, adaptation: list[dict], after: dict) -> None:
         """The outer step: TRPO on theta and alpha. pi_phi_i are the policies that explored `after`.
         """
-        settings, old = self.settings, gaussian(detached(phi), after, self.settings)
+        settings, old = self.settings, detached(phi)
 
         def evaluate(first_order):
             new = adapt(self.theta, self.alpha, adaptation, settings, first_order)
-            return (surrogate_loss(new, after, settings),
-                    mean_kl(old, gaussian(new, after, settings), after["mask"]))
+            return surrogate_loss(new, after, settings), mean_kl(old, new, after, settings)
 
         def move(vector):
             place(vector, self.parameters)
@@ -283,7 +293,8 @@ class MetaLearner(gmps.MetaLearner):
 
 # ---------------------------------------------------------------- meta-test
 class Adapter(gmps.Adapter):
-    """GMPS's own adapter, with alpha as it is in every step: meta-training takes such steps."""
+    """GMPS's own. Alpha counts in full in as many steps as meta-training took."""
 
     def step_size(self, k: int) -> Params:
-        return self.alpha
+        return gmps.step_sizes(self.alpha, max(0, k + 1 - self.settings.inner_steps),
+                               self.settings)
