@@ -13,7 +13,8 @@ as one vector, within one bound.
 
 Two inner objectives have the same inner gradient: log pi * A [MAML], and pi / pi_old * A (Rothfuss
 et al. 2019, arXiv 1810.06784). The outer gradient of the second also knows that another theta would
-explore other episodes. It is the default: with the first, a longer training spoils the policy.
+explore other episodes. It is the default: with the first, the tests' point task gets worse again
+after some 20 iterations.
 
 Letters in shapes: m tasks of an iteration, K episodes per task, T steps, B = K * T samples.
 """
@@ -72,7 +73,7 @@ class Settings(settings_module.Settings):
 
 # ---------------------------------------------------------------- the algorithm
 def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-    """Algorithm 3 of Finn et al. Yields (state, metrics) per iteration; `state` resumes from there.
+    """[MAML] Algorithm 3. Yields (state, metrics) per iteration; `state` resumes from there.
 
     FloatingPointError when the meta-gradient is no longer finite.
     """
@@ -260,8 +261,7 @@ class MetaLearner(gmps.MetaLearner):
         return batch
 
     def step(self, phi: Params, adaptation: list[dict], after: dict) -> None:
-        """The outer step: TRPO on theta and alpha. pi_phi_i are the policies that explored `after`.
-        """
+        """TRPO on theta and alpha. pi_phi_i are the policies that explored `after`."""
         settings, old = self.settings, detached(phi)
 
         def evaluate(first_order):
