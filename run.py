@@ -13,6 +13,7 @@ command line; what happens then is in phases.py.
 """
 import argparse
 import dataclasses
+import inspect
 import sys
 from pathlib import Path
 
@@ -161,8 +162,10 @@ def choose_settings(options, task: str, seed: int,
                  "reward": family.reward}
         if options.experts is not None:
             given["experts"] = options.experts
-        # Later ones win: family, --preset, local experts, --quick, --set, options.
-        preset = dict(family.settings)
+        # Later ones win: family, --preset, local experts, --quick, --set, options. A family's are
+        # for GMPS: where a method's class gives a setting a default of its own, that one wins.
+        own = set() if kind is settings_module.Settings else inspect.get_annotations(kind).keys()
+        preset = {name: value for name, value in family.settings.items() if name not in own}
         if options.preset == "paper":
             preset |= settings_module.PAPER | family.paper_settings
         if options.experts == "local":
