@@ -101,7 +101,7 @@ def adapt(theta: Params, alpha: Params, adaptation: list[dict], settings: Settin
     """
     phi = per_task(theta, len(adaptation[0]["mask"]))
     for batch in adaptation:
-        log_p = log_prob(phi, batch["features"], batch["action"], settings)
+        log_p = log_prob(phi, batch["features"], batch["action"])
         behaviour = log_p.detach()  # log-likelihood: w stays 1
         if settings.inner_objective == "ratio":
             # GMPS stops the gradient of w = pi_phi / pi_behaviour. This puts it back, for the outer
@@ -118,23 +118,23 @@ def mean_over(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return ((values * mask).sum(-1) / mask.sum(-1)).mean()
 
 
-def surrogate_loss(phi: Params, batch: dict, settings: Settings) -> torch.Tensor:
+def surrogate_loss(phi: Params, batch: dict) -> torch.Tensor:
     """- mean_i mean_t( pi_phi_i / pi_behaviour * A_t ) of the episodes after adaptation.
 
     [TRPO] Eq. 14, with the advantage in place of Q (section 5), to be minimised.
     """
-    log_p = log_prob(phi, batch["features"], batch["action"], settings)
+    log_p = log_prob(phi, batch["features"], batch["action"])
     ratio = ((log_p - batch["behaviour_log_prob"]) * batch["mask"]).exp()
     return -mean_over(ratio * batch["advantage"], batch["mask"])
 
 
-def mean_kl(old: Params, new: Params, batch: dict, settings: Settings) -> torch.Tensor:
+def mean_kl(old: Params, new: Params, batch: dict) -> torch.Tensor:
     """mean_i mean_s KL(pi_old_i(.|s) || pi_new_i(.|s)): what [TRPO] Eq. 14 bounds.
 
     Summed over action dimensions, as log-probabilities are: they are independent.
     """
     (mean, std), (new_mean, new_std) = (
-        (mean_action(phi, batch["features"]), action_std(phi, settings)) for phi in (old, new))
+        (mean_action(phi, batch["features"]), action_std(phi)) for phi in (old, new))
     squares = (std.square() + (mean - new_mean).square()) / (2 * new_std.square())
     return mean_over(((new_std / std).log() + squares - 0.5).sum(-1), batch["mask"])
 
@@ -266,12 +266,10 @@ class MetaLearner(gmps.MetaLearner):
 
         def evaluate(first_order):
             new = adapt(self.theta, self.alpha, adaptation, settings, first_order)
-            return surrogate_loss(new, after, settings), mean_kl(old, new, after, settings)
+            return surrogate_loss(new, after), mean_kl(old, new, after)
 
         def move(vector):
             place(vector, self.parameters)
-            with torch.no_grad():  # below the floor log-std gets no gradient and would stay there
-                self.theta["log_std"].clamp_(min=math.log(settings.min_std))
         self.row |= trust_region_step(self.parameters, evaluate, move, settings)
 
     def policy(self) -> dict:
@@ -288,7 +286,7 @@ class MetaLearner(gmps.MetaLearner):
         return self.row | {
             "iteration": self.collection, "env_steps": self.env_steps,
             "progress": self.collection / self.settings.collections,
-            "std": action_std(self.theta, self.settings).mean().item()}
+            "std": action_std(self.theta).mean().item()}
 
 
 # ---------------------------------------------------------------- meta-test
