@@ -45,6 +45,9 @@ import importlib
 METHODS = {
     "gmps": "gmps",
     "multitask": "baselines.multitask",
+    "oracle": "baselines.oracle",
+    "regress": "baselines.regress",
+    "scratch": "baselines.scratch",
 }
 
 
