@@ -10,6 +10,7 @@ import torch
 from baselines import oracle, regress
 from checkpoints import UserError
 from envs import Environments
+from evaluate import by_round, evaluate
 from local_policies import Experts
 from phases import policy_family
 from sac import SoftActorCritic
@@ -20,6 +21,7 @@ from tests.conftest import PUSH, make_problem, push_north, replay, through_bytes
 SETTINGS = regress.Settings(method="regress", expert_width=8)
 TASKS = task_set(PUSH, "train", 5)
 MEAN = TASKS.mean(0)
+GOALS = np.array([[0.08, 0.71], [-0.06, 0.79], [0.0, 0.75], [0.09, 0.8]])
 DOOR = make_family("door")
 DOOR_SETTINGS = dataclasses.replace(SETTINGS, task="door", reward="sparse", experts="scripted")
 DOOR_TASKS = np.array([[0.1], [0.3], [0.5], [0.7], [0.9]])
@@ -121,12 +123,12 @@ def test_exploration_is_told_training_goals_that_explain_the_rewards(adapter):
     adapter.settings = dataclasses.replace(SETTINGS, explore_goals="guess")
     adapter.act(observation, None)
     assert np.array_equal(adapter.told(observation, adapter.aims)[:, :2], np.tile(MEAN, (400, 1)))
+    adapter.guess = GOALS[:2]  # K environments in a row for each task
+    assert np.array_equal(adapter.act(observation[:6], explore=False)[:, :2],
+                          np.repeat(GOALS[:2], 3, axis=0))
 
 
 # ---------------------------------------------------------------- least squares
-GOALS = np.array([[0.08, 0.71], [-0.06, 0.79], [0.0, 0.75], [0.09, 0.8]])
-
-
 @pytest.fixture(scope="module")
 def pushed():
     """Three episodes on each of four goals, in which the block moves by decimetres."""
@@ -217,3 +219,16 @@ def test_sparse_rewards_leave_several_goals(adapter):
     assert np.array_equal(adapter.consistent, [[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1]])
     assert adapter.guess[0, 0] == pytest.approx(0.5, abs=1e-3), "the one next to the mean goal"
     assert adapter.guess[1, 0] == pytest.approx(0.62, abs=1e-4)
+
+
+def test_on_the_door_goals_are_found_and_reached():
+    """Through evaluate.py: two rounds of five episodes, then as near as the expert told the goal.
+    """
+    adapter = regress.Adapter(oracle.told_experts(DOOR.expert, DOOR_TASKS), DOOR, DOOR_SETTINGS)
+    targets = np.array([[0.2], [0.62], [0.8]])
+    out = evaluate(Environments(DOOR, 1), adapter, targets, 2, 5, 0, DOOR.expert,
+                   explore_last=False)
+    before, _, after = ([entry["final_distance"] for entry in entries]
+                        for entries in by_round(out.lists["held_out"]))
+    told = [entry["final_distance"] for entry in out.lists["experts_held_out"]]
+    assert np.max(after) < np.max(told) + 0.01 < 0.03 and np.max(before) > 0.2
