@@ -27,7 +27,8 @@ class Replay:
     """Transitions in one stream per training task. Arrays (n, capacity, size), unscaled.
 
     Streams may differ in length, since episodes may end early. "end" is the index in the stream
-    just past the transition's episode.
+    just past the transition's episode. Tasks that nobody knows have shape (n, 0): then every
+    transition keeps its own reward, and no input holds a task.
     """
     FIELDS = ("observation", "action", "next_observation", "outcome", "reward", "terminated", "end")
 
@@ -79,12 +80,13 @@ class Replay:
         is their discounted sum, "discount" what is left of the value after them.
         """
         n, shape = len(self.tasks), (learners, settings.expert_batch)
-        share = settings.expert_relabelled if self.family.outcome_size else 0.0
+        known = self.tasks.size > 0
+        share = settings.expert_relabelled if known and self.family.outcome_size else 0.0
         # `stream`: whose transition a sample is; `task`: whose reward it gets.
         begun = np.flatnonzero(self.sizes)
         stream = begun[generator.integers(len(begun), size=shape)]
         mixed = generator.random(shape) < share
-        if learners == 1:
+        if contextual := known and learners == 1:
             task = np.where(mixed, generator.integers(n, size=shape), stream)
         else:
             task = np.broadcast_to(np.arange(learners)[:, None], shape)
@@ -103,12 +105,12 @@ class Replay:
                  "terminated": data["terminated"][last][..., 0],
                  "discount": settings.expert_discount ** np.minimum(len(span), left).astype(float)}
         for name in ("observation", "next_observation"):
-            batch[name] = expert_input(self.family, batch[name], task if learners == 1 else None)
+            batch[name] = expert_input(self.family, batch[name], task if contextual else None)
         return {name: torch.as_tensor(value, dtype=torch.float32) for name, value in batch.items()}
 
     def rewards(self, stream: np.ndarray, step: np.ndarray, task: np.ndarray) -> np.ndarray:
         """Rewards (...,) of stored transitions for tasks (..., task)."""
-        if not self.family.outcome_size:
+        if not task.size or not self.family.outcome_size:
             return self.data["reward"][stream, step, 0]
         outcome, action = (self.data[name][stream, step] for name in ("outcome", "action"))
         return self.family.rewards_of(outcome, action, task)

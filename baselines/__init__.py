@@ -46,6 +46,9 @@ METHODS = {
     "gmps": "gmps",
     "multitask": "baselines.multitask",
     "maml": "baselines.maml",
+    "oracle": "baselines.oracle",
+    "regress": "baselines.regress",
+    "scratch": "baselines.scratch",
 }
 
 

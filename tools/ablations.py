@@ -169,6 +169,8 @@ def show(task: str) -> str:
     title, unit, digits = make_family(task).table
     first, third = (effects(task, "return", k) for k in (1, 3))
     near = effects(task, "final_distance", 3)
+    if not first:
+        return "Not measured yet."
     lines = [f"| undone | setting | return after 1 step | after 3 steps | {title} after 3 steps |",
              "|---|---|---|---|---|"]
     for name in sorted(first, key=lambda name: first[name].mean()):
@@ -182,7 +184,7 @@ def show(task: str) -> str:
     return "\n".join(lines)
 
 
-def picture(tasks: list[str]) -> None:
+def picture(tasks: list[str], path: Path) -> None:
     """All effects on the return after one and three steps: a bar is the mean, a dot a seed."""
     import matplotlib
     matplotlib.use("Agg")
@@ -205,8 +207,8 @@ def picture(tasks: list[str]) -> None:
         axis.set_yticks(np.arange(len(names)), names)
         axis.set_xscale("symlog", linthresh=10)
         axis.set(title=task, xlabel="change of the return when it is undone")
-        axis.legend(loc="lower left")
-    figure.savefig(ROOT / "results" / "ablations" / "effects.png", dpi=110)
+        axis.legend()
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
@@ -233,7 +235,7 @@ def main() -> None:
     for task in tasks:
         print(f"{task}\n{show(task)}\n")
     if tasks:
-        picture(tasks)
+        picture(tasks, ROOT / "results" / "ablations" / "effects.png")
 
 
 if __name__ == "__main__":

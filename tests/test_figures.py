@@ -1,0 +1,156 @@
+"""Tests of tools/figures.py, on results made by hand: what is read, the steps that count, drawing.
+"""
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tasks import load
+from tools import ablations, figures
+from tools.intervals import interval
+
+
+def result(returns, steps=(100, 200, 400), episodes=10, goals=2, rounds=3):
+    """result.json whose curve has these returns after one round; distances are 1 / return.
+
+    After k rounds goal i has a return of k + 10 i.
+    """
+    curve = [{"env_steps": x, "adaptation_episodes": k * episodes, "return": y * k,
+              "final_distance": 1 / (y * max(k, 1))}
+             for x, y in zip(steps, returns) for k in range(3)]
+    held_out = [{"gradient_steps": k, "adaptation_episodes": k * episodes, "return": k + 10.0 * i,
+                 "final_distance": (1 + i) / (1 + k)}
+                for i in range(goals) for k in range(rounds + 1)]
+    return {"settings": {"test_episodes": episodes}, "curve": curve, "held_out": held_out,
+            "env_steps": {"experts": 60, "meta_training": 340, "curve": 7, "evaluation": 9},
+            "experts_held_out": [{"return": 30.0, "final_distance": 0.01}]}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    return tmp_path / "results"
+
+
+def put(results, place, content):
+    path = results / place / "result.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+# ---------------------------------------------------------------- reading
+def test_methods_and_seeds_in_order(results):
+    """Known methods first, variants beside them; the oracle is the level, not a line."""
+    for method in ("zebra", "pearl-relabelled", "oracle", "pearl", "scratch-pg", "gmps"):
+        put(results, f"push/{method}/seed0", result([1, 2, 3]))
+    for seed in (10, 2):
+        put(results, f"push/gmps/seed{seed}", result([1, 2, 3]) | {"seed": seed})
+    put(results, "push/gmps/seed2/few", result([1, 2, 3]) | {"seed": "few"})
+    found = figures.found(results, "push", leave=("scratch",))
+    assert list(found) == ["gmps", "pearl", "pearl-relabelled", "zebra"]
+    assert [seed.get("seed") for seed in found["gmps"]] == [None, 2, 10]
+    few = figures.found(results, "push", "few")
+    assert [[seed["seed"] for seed in seeds] for seeds in few.values()] == [["few"]]
+    assert figures.found(results, "ant") == {}
+    label = figures.style("pearl-relabelled")["label"]
+    assert label == "PEARL, relabelled" and figures.style("zebra-x")["label"] == "zebra, x"
+
+
+def test_curves_after_one_round_seed_by_seed():
+    """The row of one round of test episodes; x is the mean over seeds; the shorter curve decides.
+    """
+    seeds = [result([3, 4, 5]), result([6, 8], steps=(300, 600))]
+    x, values = figures.against_steps(seeds, "return")
+    assert x.tolist() == [200, 400] and values.tolist() == [[3, 4], [6, 8]]
+    assert figures.training_steps(seeds) == 400
+    assert figures.against_steps([seeds[0] | {"curve": []}], "return")[1].size == 0
+
+
+def test_held_out_goals_against_test_episodes():
+    x, values = figures.against_episodes([result([1]), result([1], goals=1, rounds=2)], "return")
+    assert x.tolist() == [0, 10, 20] and values.tolist() == [[5, 6, 7], [0, 1, 2]]
+
+
+def test_the_steps_that_count():
+    """The first point within one standard error of the best; alone, a seed's best point."""
+    assert figures.counted_point(np.array([[1.0, 5.0, 4.0, 5.5, 5.2]])) == 3
+    # Means 1, 5, 6; at the best point the standard error is std(5, 7) / sqrt(2) = 1.
+    values = np.array([[1.0, 5.0, 5.0], [1.0, 5.0, 7.0]])
+    assert figures.counted_point(values) == 1
+    assert figures.counted_point(values - [0, 0.01, 0]) == 2
+
+
+def test_verdicts_by_hand(results, monkeypatch):
+    monkeypatch.setitem(figures.NEAR, "push", (0.3, 0.01))
+    put(results, "push/gmps/seed0", result([2, 6, 7], steps=(100, 200, 300)))
+    put(results, "push/rl2/seed0", result([3, 5, 4], steps=(1000, 5000, 6000)))
+    put(results, "push/regress/seed0", result([9], steps=(50,)))
+    lines = figures.verdicts("push", results)
+    assert lines == [
+        "push, GMPS: environment steps to 0.3 m: 200 and 0.01 m: never",
+        "push, RL²: environment steps to 0.3 m: 5,000 and 0.01 m: never; best return 5 counts at "
+        "5,000, GMPS has it at 200 (0.040 of them)",
+        "push, goal regression: environment steps to 0.3 m: 50 and 0.01 m: never; best return 9 "
+        "counts at 50, GMPS has it at never"]
+
+
+# ---------------------------------------------------------------- drawing
+def test_five_seeds_have_an_interval_and_fewer_are_shown():
+    values = np.random.default_rng(0).normal(size=(5, 3))
+    figure, axis = figures.pyplot().subplots()
+    figures.draw(axis, [1, 2, 3], values, color="black")
+    edge = {tuple(point) for point in axis.collections[0].get_paths()[0].vertices.round(6)}
+    for x, column in zip((1, 2, 3), values.T):
+        assert {(x, round(bound, 6)) for bound in interval(column)} <= edge
+    assert np.allclose(axis.lines[0].get_ydata(), values.mean(0)) and len(axis.lines) == 1
+    figures.draw(axis, [1, 2, 3], values[:4], color="black")
+    assert [np.allclose(line.get_ydata(), row) for line, row in
+            zip(axis.lines[1:], [*values[:4], values[:4].mean(0)])] == [True] * 5
+    assert len(axis.collections) == 1
+    figures.pyplot().close(figure)
+
+
+def test_only_figures_whose_results_exist_are_drawn(results, capsys):
+    """Nothing at all; then push and what belongs to it; nothing is written elsewhere."""
+    figures.main(results)
+    assert not list(results.iterdir()) and capsys.readouterr().out.count("no results yet") == 10
+    for method in ("gmps", "rl2", "regress"):
+        put(results, f"push/{method}/seed0", result([3, 4, 5]))
+    put(results, "push/gmps/seed0/few", result([3, 4, 5], episodes=5, rounds=20))
+    put(results, "push/scratch-sac/seed0/long", result([], episodes=5, rounds=20))
+    before = sorted(results.rglob("result.json"))
+    figures.main(results)
+    drawn = sorted(path.name for path in (results / "figures").iterdir())
+    assert drawn == ["push_episodes.png", "push_scratch.png", "push_steps.png"]
+    assert sorted(path for path in results.rglob("*.json")) == before
+    for name in drawn:
+        assert Image.open(results / "figures" / name).width > 1000
+
+
+def test_the_other_figures(results):
+    """Outside the arc, door, images, ablations: lines where they belong."""
+    bands = load("ant")().bands()
+    goals = sum(len(goals) for _, goals in bands)
+    for seed in range(2):
+        put(results, f"ant/gmps/seed{seed}/outside", result([], goals=goals, rounds=4))
+        put(results, f"door/gmps/seed{seed}", result([2, 3]))
+        put(results, f"push-vision/gmps/seed{seed}", result([2]))
+    figure = figures.outside(results)
+    axis = figure.axes[1]  # the second band: its first goal comes after all of the first band's
+    first = len(bands[0][1])
+    own = np.arange(first, first + len(bands[1][1]))
+    assert np.allclose(axis.lines[-1].get_ydata(), np.arange(5) + 10 * own.mean())
+    assert axis.get_title() == bands[1][0]
+    figures.pyplot().close(figure)
+    put(results, "door/maml/seed0", result([2, 3], steps=(100, 900)))
+    figures.main(results)
+    assert {path.stem for path in (results / "figures").iterdir()} == {
+        "ant_outside", "door", "push_vision"}
+    figure = figures.door(results)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["experts, told the angle", "GMPS", "MAML (ended by its budget)"]
+    degrees = figure.axes[1].lines[0].get_ydata()
+    assert degrees == pytest.approx(np.degrees([0.01, 0.01])), "radians become degrees"
+    figures.pyplot().close(figure)

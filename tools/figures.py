@@ -1,0 +1,368 @@
+"""The figures of the comparisons, from results/ alone.
+
+    python tools/figures.py    # draws those whose results are there, and prints what they show
+
+They read results/TASK/METHOD/seedS/result.json and further evaluations of the same policies in
+folders beside it: few/ (5 episodes a round), outside/ (the ant's goals outside the arc), long/
+(scratch, many rounds). docs/comparisons.md has every command. A variant of a method has a folder of
+its own, named METHOD-VARIANT. The pictures go to results/figures/.
+"""
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from evaluate import band_means, by_round, mean_of
+from tasks import load
+from tools import ablations
+from tools.intervals import FEW, interval
+from tools.pictures import pyplot, save_figure
+
+# Method: name, colour (Okabe and Ito's palette, told apart by the colour-blind), marker.
+STYLES = {
+    "gmps": ("GMPS", "#D55E00", "o"), "maml": ("MAML", "#0072B2", "s"),
+    "rl2": ("RL²", "#009E73", "^"), "pearl": ("PEARL", "#CC79A7", "D"),
+    "incontext": ("in-context", "#E69F00", "v"), "multitask": ("imitation + gradient", "#56B4E9",
+                                                              "P"),
+    "regress": ("goal regression", "#000000", "X"),
+    "scratch-sac": ("soft actor-critic from scratch", "#000000", "*"),
+    "scratch-pg": ("policy gradient from scratch", "#56B4E9", "P")}
+VARIANTS = {"demos": ", demonstrations", "fixed": ", fixed step size", "relabelled": ", relabelled",
+            "finetuned": " + gradient"}  # dashed, in their method's colour
+NEAR = {"push": (0.03, 0.02), "ant": (0.5,)}  # final distances that `verdicts` asks about
+REWARD_ALONE = ("maml", "rl2", "pearl")  # their training ends where it is flat, or by its budget
+ENDED = " (ended by its budget)"
+MEASURES = ("return", "final_distance")
+LOOK = {"font.size": 13, "lines.linewidth": 2.2, "lines.markersize": 7, "axes.grid": True,
+        "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
+
+
+# ---------------------------------------------------------------- reading
+def seeds_of(results: Path, task: str, method: str, part: str = "") -> list[dict]:
+    """result.json of every seed, in order; of an evaluation beside it if `part` names one."""
+    files = (results / task / method).glob(f"seed*/{part}/result.json" if part
+                                           else "seed*/result.json")
+    number = {file: int(re.search(r"seed(\d+)", str(file.relative_to(results)))[1])
+              for file in files}
+    return [json.loads(file.read_text()) for file in sorted(number, key=number.get)]
+
+
+def found(results: Path, task: str, part: str = "", leave=()) -> dict[str, list[dict]]:
+    """{method: seeds} of all methods with results, those of STYLES first; not the ceiling itself.
+    """
+    names = {path.name for path in (results / task).glob("*") if path.is_dir()}
+    ranks = {base(name): rank for rank, name in enumerate(STYLES)}
+    order = sorted(names, key=lambda name: (ranks.get(base(name), len(ranks)), name))
+    out = {name: seeds_of(results, task, name, part) for name in order
+           if base(name) not in ("oracle", *leave)}
+    return {name: seeds for name, seeds in out.items() if seeds}
+
+
+def base(method: str) -> str:
+    return method.partition("-")[0]
+
+
+def against_episodes(seeds: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Test episodes (P,), and the mean over held-out tasks after so many: (seeds, P)."""
+    rounds = [by_round(seed["held_out"]) for seed in seeds]
+    P = min(map(len, rounds))
+    x = np.array([entries[0]["adaptation_episodes"] for entries in rounds[0][:P]])
+    return x, np.array([[mean_of(entries, key) for entries in seed[:P]] for seed in rounds])
+
+
+def against_steps(seeds: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Training's env steps (P,), and `key` after one round of test episodes then: (seeds, P).
+
+    Point by point: x is the mean over seeds, whose early ends differ.
+    """
+    rows = [[row for row in seed["curve"]
+             if row["adaptation_episodes"] == seed["settings"]["test_episodes"]] for seed in seeds]
+    P = min(map(len, rows))
+    x, y = (np.array([[row[name] for row in seed[:P]] for seed in rows])
+            for name in ("env_steps", key))
+    return x.mean(0), y
+
+
+def with_curve(runs: dict) -> dict:
+    """Without those whose curve has no point."""
+    return {method: seeds for method, seeds in runs.items()
+            if against_steps(seeds, "return")[1].size}
+
+
+def training_steps(seeds: list[dict]) -> float:
+    return np.mean([seed["env_steps"]["experts"] + seed["env_steps"]["meta_training"]
+                    for seed in seeds])
+
+
+def counted_point(values: np.ndarray) -> int:
+    """The first of P points within one standard error, over seeds, of the best: (seeds, P).
+
+    A rival's steps are those of this point, so that a longer budget flatters nobody. One seed has
+    no standard error: then it is the best point itself.
+    """
+    mean, n = values.mean(0), len(values)
+    best = mean.argmax()
+    error = values[:, best].std(ddof=1) / np.sqrt(n) if n > 1 else 0.0
+    return int((mean >= mean[best] - error).argmax())
+
+
+# ---------------------------------------------------------------- drawing
+def style(method: str) -> dict:
+    """Label, colour, marker; a variant is dashed."""
+    name, variant = (method, "") if method in STYLES else method.partition("-")[::2]
+    label, color, marker = STYLES.get(name, (name, "#999999", "."))
+    label += VARIANTS.get(variant, f", {variant}" if variant else "")
+    return {"label": label, "color": color, "marker": marker, "linestyle": "--" if variant else "-"}
+
+
+def draw(axis, x, values: np.ndarray, **look) -> None:
+    """Mean over seeds (seeds, P); a 95% interval over whole seeds, or each seed if they are few."""
+    if len(values) >= FEW:
+        low, high = zip(*(interval(column) for column in values.T))
+        axis.fill_between(x, low, high, color=look["color"], alpha=0.2, linewidth=0)
+    elif len(values) > 1:
+        axis.plot(x, values.T, color=look["color"], linewidth=0.8, alpha=0.4)
+    axis.plot(x, values.mean(0), **look)
+
+
+def level(axes, factors, runs: dict, name: str, label: str, linestyle=":") -> None:
+    """A horizontal line for a list of result.json that every seed of some method holds."""
+    with_it = [seed for seeds in runs.values() for seed in seeds if seed.get(name)]
+    if with_it:
+        for axis, key, factor in zip(axes, MEASURES, factors):
+            value = factor * np.mean([mean_of(seed[name], key) for seed in with_it])
+            axis.axhline(value, color="black", linestyle=linestyle, linewidth=1.6, label=label)
+
+
+def panels(task: str, count: int = 2, rows: int = 1):
+    """A figure with room for a legend, its axes (rows, count), factors of MEASURES."""
+    title, factor, _ = load(task).table
+    figure, axes = pyplot().subplots(rows, count, figsize=(11, 1.5 + 4.2 * rows), squeeze=False,
+                                     layout="constrained")
+    for row in axes:
+        for axis, label in zip(row, ("return", title)):
+            axis.set_ylabel(label)
+    return figure, axes, (1.0, factor)
+
+
+def finish(figure, axes, title: str):
+    """One legend for all panels."""
+    figure.suptitle(title)
+    labels = {label: handle for axis in axes.flat
+              for handle, label in zip(*axis.get_legend_handles_labels())}
+    labels = {label: handle for label, handle in labels.items() if label + ENDED not in labels}
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, fontsize=11)
+    return figure
+
+
+def draw_steps(axes, factors, runs: dict) -> None:
+    """Curves on validation goals, a held-out point at the end of each, the point that counts."""
+    runs = with_curve(runs)
+    for axis, key, factor in zip(axes, MEASURES, factors):
+        ends = []
+        for method, seeds in runs.items():
+            look, counted = style(method), counted_point(against_steps(seeds, "return")[1])
+            x, values = against_steps(seeds, key)
+            if base(method) in REWARD_ALONE and counted > 2 / 3 * (len(x) - 1):
+                look["label"] += ENDED
+            draw(axis, x, factor * values, **look | {"marker": "", "label": None})
+            held_out = factor * against_episodes(seeds, key)[1][:, 1].mean()
+            ends += [held_out, factor * values.mean(0)[-1]]
+            axis.plot(x[counted], factor * values.mean(0)[counted], **look | {"label": None},
+                      markersize=12, markerfacecolor="none", markeredgewidth=2)
+            axis.plot(training_steps(seeds), held_out, **look, markersize=9,
+                      markeredgecolor="black", zorder=5)
+        # Ends fill the panel; a learner's first steps may lie far below.
+        low, high = min(ends), max(ends)
+        if key == "return":
+            axis.set_ylim(bottom=max(axis.get_ylim()[0], low - (high - low)))
+        else:
+            axis.set_ylim(0, min(axis.get_ylim()[1], 1.5 * high))
+        axis.set(xscale="log", xlabel="environment steps of training, experts' included")
+
+
+def draw_episodes(axes, factors, runs: dict, few: dict, last: int = 100) -> None:
+    """Held-out tasks against test episodes: in rounds of 5 where measured, GMPS in both."""
+    for method, seeds in {**runs, **few}.items():
+        parts = [(few[method], "") if method in few else (seeds, "")]
+        if method in few and method in runs and base(method) == "gmps":
+            parts = [(runs[method], ""), (few[method], ", 5 episodes a round")]
+        for part, label in parts:
+            for axis, key, factor in zip(axes, MEASURES, factors):
+                x, values = against_episodes(part, key)
+                look, shown = style(method), x <= max(last, x[1])
+                if label:
+                    look |= {"label": look["label"] + label, "linestyle": "-.", "markersize": 4}
+                draw(axis, x[shown], factor * values[:, shown], **look)
+    for axis in axes:
+        axis.set_xlabel("episodes of the new task")
+    axes[-1].set_ylim(bottom=0)
+
+
+# ---------------------------------------------------------------- the figures
+def against_training(task: str, results: Path):
+    """Figures 1 and 2."""
+    runs = found(results, task, leave=("scratch",))
+    if not runs:
+        return None
+    figure, axes, factors = panels(task)
+    level(axes[0], factors, runs, "experts_held_out", "experts, told the goal")
+    draw_steps(axes[0], factors, runs)
+    return finish(figure, axes, f"{task}: after one round of test episodes. Lines: validation "
+                                "goals;\nfilled: held-out goals; open: the steps that count")
+
+
+def against_experience(task: str, results: Path):
+    """Figure 3, one for each task."""
+    runs, few = (found(results, task, part, leave=("scratch",)) for part in ("", "few"))
+    if not runs:
+        return None
+    figure, axes, factors = panels(task)
+    draw_episodes(axes[0], factors, runs, few)
+    level(axes[0], factors, runs, "experts_held_out", "experts, told the goal")
+    return finish(figure, axes, f"{task}: held-out goals, at the end of training")
+
+
+def outside(results: Path):
+    """Figure 4: the ant's goals by their distance from the arc."""
+    runs = found(results, "ant", "outside")
+    if not runs:
+        return None
+    family = load("ant")()
+    bands = [label for label, _ in family.bands()]
+    figure, axes, factors = panels("ant", len(bands), rows=2)
+    for row, key, factor, label in zip(axes, MEASURES, factors, ("return", family.table[0])):
+        for method, seeds in runs.items():
+            x, _ = against_episodes(seeds, key)
+            means = [[values for _, values in band_means(family, seed, key)] for seed in seeds]
+            for axis, values in zip(row, np.moveaxis(factor * np.array(means), 1, 0)):
+                draw(axis, x, values, **style(method) | {"markersize": 4})
+                axis.set_xscale("symlog", linthresh=x[1], linscale=0.4)
+                axis.set_xticks([0, x[1], x[-1]], [0, x[1], x[-1]])
+                axis.minorticks_off()
+        for axis, band in zip(row, bands):
+            axis.sharey(row[0])
+            axis.set(title=band if key == "return" else "", ylabel="",
+                     xlabel="" if key == "return" else "episodes of the new task")
+        row[0].set_ylabel(label)
+    axes[1, 0].set_ylim(bottom=0)
+    return finish(figure, axes, "ant: goals on and outside the arc of the training goals")
+
+
+def door(results: Path):
+    """Figure 5: sparse reward, from demonstrations and from reward alone."""
+    runs = found(results, "door", leave=("scratch",))
+    if not runs:
+        return None
+    figure, axes, factors = panels("door", rows=2)
+    for row in axes:
+        level(row, factors, runs, "experts_held_out", "experts, told the angle")
+    draw_steps(axes[0], factors, runs)
+    draw_episodes(axes[1], factors, runs, found(results, "door", "few", leave=("scratch",)))
+    return finish(figure, axes, "door, sparse reward. Above: after one round of test episodes; "
+                                "below: held-out angles")
+
+
+def images(results: Path):
+    """Figure 6: push from images."""
+    runs = found(results, "push-vision", leave=("scratch",))
+    if not runs:
+        return None
+    figure, axes, factors = panels("push-vision")
+    draw_episodes(axes[0], factors, runs, {})
+    level(axes[0], factors, runs, "no_adaptation", "imitation, no adaptation", "--")
+    level(axes[0], factors, runs, "experts_held_out", "experts: see the block, told the goal")
+    return finish(figure, axes, "push from images: held-out goals")
+
+
+def scratch(task: str, results: Path):
+    """Figure 8: env steps on one new task, learned alone or adapted to."""
+    runs = {name: seeds for name, seeds in found(results, task, "long").items()
+            if base(name) == "scratch"}
+    if not runs:
+        return None
+    figure, axes, factors = panels(task)
+    adapted = {"gmps": seeds_of(results, task, "gmps", "few") or seeds_of(results, task, "gmps")}
+    for axis, key, factor in zip(axes[0], MEASURES, factors):
+        first = []
+        for method, seeds in {**runs, **adapted}.items():
+            if seeds:
+                x, values = against_episodes(seeds, key)
+                first.append(x[1] * load(task).horizon)
+                look = style(method) | {"markersize": 5, "markevery": max(1, len(x) // 20)}
+                look["label"] += " (adapts)" if method == "gmps" else ""
+                draw(axis, x * load(task).horizon, factor * values, **look)
+        axis.set_xscale("symlog", linthresh=min(first), linscale=0.4)
+        axis.set(xlabel="environment steps of the one new task", xlim=(0, None))
+    axes[0, 1].set_ylim(bottom=0)
+    level(axes[0], factors, {"all": seeds_of(results, task, "gmps")}, "experts_held_out",
+          "experts, told the goal")
+    return finish(figure, axes, f"{task}: a new task learned from scratch or adapted to, "
+                                "held-out goals")
+
+
+FIGURES = {
+    "push_steps": partial(against_training, "push"), "ant_steps": partial(against_training, "ant"),
+    "push_episodes": partial(against_experience, "push"),
+    "ant_episodes": partial(against_experience, "ant"),
+    "ant_outside": outside, "door": door, "push_vision": images,
+    "push_scratch": partial(scratch, "push"), "ant_scratch": partial(scratch, "ant")}
+
+
+# ---------------------------------------------------------------- what they show
+def steps_to(x: np.ndarray, good: np.ndarray, of: float | None = None) -> str:
+    """Env steps of the first of P points where `good` (P,) holds, and their share of `of`."""
+    if not good.any():
+        return "never"
+    first = x[good.argmax()]
+    return f"{first:,.0f}" + (f" ({first / of:.3f} of them)" if of else "")
+
+
+def verdicts(task: str, results: Path) -> list[str]:
+    """A line for each rival: its best level, the steps that count, and GMPS's steps to there."""
+    runs, lines = with_curve(found(results, task, leave=("scratch",))), []
+    if "gmps" not in runs:
+        return lines
+    steps, returns = against_steps(runs["gmps"], "return")
+    for method, seeds in runs.items():
+        x, values = against_steps(seeds, "return")
+        distance = against_steps(seeds, "final_distance")[1].mean(0)
+        near = " and ".join(f"{level:g} m: {steps_to(x, distance <= level)}"
+                            for level in NEAR[task])
+        line = f"{task}, {style(method)['label']}: environment steps to {near}"
+        if method != "gmps":
+            best, theirs = values.mean(0).max(), x[counted_point(values)]
+            ours = steps_to(steps, returns.mean(0) >= best, theirs)
+            line += f"; best return {best:.0f} counts at {theirs:,.0f}, GMPS has it at {ours}"
+        lines.append(line)
+    return lines
+
+
+def main(results: Path = ROOT / "results") -> None:
+    """Draw what can be drawn, and say what is missing."""
+    out = results / "figures"
+    with pyplot().rc_context(LOOK):
+        for name, function in FIGURES.items():
+            figure = function(results)
+            if figure is None:
+                print(f"{name}: no results yet")
+                continue
+            out.mkdir(parents=True, exist_ok=True)
+            save_figure(figure, out / f"{name}.png")
+    undone = [task for task in ablations.ABLATIONS if ablations.effects(task, "return", 1)]
+    if undone:
+        out.mkdir(parents=True, exist_ok=True)
+        ablations.picture(undone, out / "ablations.png")
+    else:
+        print("ablations: no results yet")
+    print("\n".join(line for task in ("push", "ant") for line in verdicts(task, results)))
+
+
+if __name__ == "__main__":
+    main()
