@@ -38,13 +38,16 @@ A method is a module with three names:
     `references`: {name: Adapter}, measured as they are, without any update; usually {}.
 
 `Settings`
-    settings.Settings itself (import it), or a subclass with further settings for --set.
+    settings.Settings itself (import it), or a subclass with further settings for --set. The dict
+    `quick` of that class says which of them --quick changes.
 """
 import importlib
 
 METHODS = {
     "gmps": "gmps",
     "multitask": "baselines.multitask",
+    "rl2": "baselines.rl2",
+    "incontext": "baselines.incontext",
 }
 
 
