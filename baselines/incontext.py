@@ -43,7 +43,11 @@ class Settings(recurrent.Settings):
     trials: int = settings_module.within(1, 1, 10_000, "*trials per training task and iteration")
     meta_steps: int = settings_module.within(
         300, 1, 1_000_000, "*Adam steps per iteration, on the trials of all iterations")
+    memory_rate: float = settings_module.within(
+        3e-3, 1e-7, 1.0, "*Adam's learning rate; falls to the share final_rate")
     trial_batch: int = settings_module.within(32, 1, 100_000, "trials per gradient step")
+    relabelled: int = settings_module.within(
+        0, 0, 1000, "*copies of every trial with another training task's rewards and labels")
 
 
 def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
@@ -64,16 +68,17 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
     trials = {} if training is None else dict(training["trials"])
     while learner.begin():
         # Roll in: the expert acts in the first iteration, then the student.
-        agent, parts = learner.agent(), []
+        agent, played = learner.agent(), []
         acts = who_acts(learner, agent, experts, problem)
         for number, (steps, episodes) in enumerate(
                 play_trials(agent, problem, settings, learner.generator, acts)):
             learner.count(number, episodes)
-            # Label every state that was visited with the action of the task's expert.
-            labels = ask(experts, episodes["observations"][:, :-1], problem.tasks)
-            parts.append(steps | {"label": torch.as_tensor(labels)})
-        # Aggregate, and imitate the labels of all trials.
-        trials = aggregated(trials, joined(parts))
+            played.append((steps, episodes))
+        # Label every state that was visited with the action of the task's expert; aggregate.
+        trials = aggregated(trials, labelled(played, experts, problem, settings))
+        for shift in other_tasks(learner, problem):
+            trials = aggregated(trials, labelled(played, experts, problem, settings, shift))
+        # Imitate the labels of all trials so far.
         for _ in range(settings.meta_steps):
             which = learner.rng.integers(len(trials["mask"]), size=settings.trial_batch)
             batch = some_trials(trials, which, problem.device)
@@ -111,6 +116,44 @@ def who_acts(learner: Learner, agent: Adapter, experts, problem) -> list:
 
 
 # ---------------------------------------------------------------- labelled trials, and their loss
+def labelled(played: list, experts, problem, settings: Settings, shift: int = 0) -> dict:
+    """Trials (B, L, ...) of what `play_trials` gave, with the experts' actions as "label".
+
+    With a `shift` the trials of task i become trials of task i + shift, counted in a circle. What
+    was done stays as it was; the rewards are those of that task, in the network's input as well,
+    and so are the labels. Rewards of all training tasks are known, as they are to GMPS.
+    """
+    family, parts = problem.family, []
+    tasks = np.roll(problem.tasks, -shift, axis=0)
+    for steps, episodes in played:
+        # Experts may know the training tasks in this order only: so states move, not tasks.
+        states = rolled(episodes["observations"][:, :-1], shift, len(tasks))
+        labels = rolled(ask(experts, states, problem.tasks), -shift, len(tasks))
+        part = steps | {"label": torch.as_tensor(labels)}
+        if shift:
+            told = np.repeat(tasks, settings.trials, axis=0)[:, None]
+            rewards = family.rewards_of(episodes["outcomes"], episodes["actions"], told)
+            part["reward"] = torch.as_tensor(rewards).to(steps["reward"]) * steps["mask"]
+        parts.append(part)
+    trials = joined(parts)
+    if shift:
+        column = family.observation_size + family.action_size  # see Adapter.act
+        trials["input"][:, 1:, column] = settings.expert_reward_scale * trials["reward"][:, :-1]
+    return trials
+
+
+def rolled(values: np.ndarray, shift: int, n: int) -> np.ndarray:
+    """(B, ...), ordered by task: what was task i's is then task (i + shift)'s."""
+    return np.roll(values, shift * (len(values) // n), axis=0)
+
+
+def other_tasks(learner: Learner, problem) -> np.ndarray:
+    """Random shifts from each task to another; none where rewards cannot be computed again."""
+    others = len(problem.tasks) - 1
+    count = min(learner.settings.relabelled, others) if problem.family.outcome_size else 0
+    return 1 + learner.rng.permutation(others)[:count]
+
+
 def aggregated(trials: dict, new: dict) -> dict:
     """All trials so far, (B, L, ...), and what the loss needs of them."""
     needed = {name: new[name] for name in ("input", "label", "mask")}
