@@ -10,6 +10,7 @@ import torch
 from baselines import incontext, recurrent, rl2
 from checkpoints import UserError
 from evaluate import evaluate
+from settings import random_streams
 from tests.conftest import (
     ARGUMENTS,
     FRAGILE,
@@ -193,17 +194,17 @@ def test_after_the_trial(choice):
 
 
 def test_being_measured_does_not_disturb_memory():
-    """The protocol of evaluate.py: rows of rounds, and the adapter hears of its own episodes only.
-    """
-    problem, agent = point_problem(3), make_agent()
+    """After two rounds of evaluate.py's protocol: as if nobody had measured in between."""
+    problem, agent, lone = point_problem(3), make_agent(), make_agent()
     out = evaluate(PointEnvironments(), agent, problem.tasks, 2, 1, seed=0)
     assert [row["gradient_steps"] for row in out.lists["held_out"][::3]] == [0, 1, 2]
-    lone = make_agent()
-    lone.begin(3, torch.Generator().manual_seed(0))
-    lone.generator.set_state(agent.generator.get_state())
     assert out.env_steps == 3 * 10 * (3 + 3)
-    measured = evaluate(PointEnvironments(), make_agent(), problem.tasks, 2, 1, seed=0)
-    assert measured.lists == out.lists
+    lone.begin(3, random_streams(0, "evaluation", 0)[1])
+    for k in range(3):
+        episodes = problem.rollout(lone.act, problem.tasks, 1)
+        if k < 2:
+            lone.update(episodes)
+    assert same(agent.memory, lone.memory) and agent.memory["hidden"].any()
 
 
 # ---------------------------------------------------------------- trials as batches

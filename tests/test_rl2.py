@@ -1,4 +1,5 @@
 """Tests of RL^2's learner, PPO: densities, advantages, losses, one iteration; what it learns."""
+import dataclasses
 import math
 
 import gymnasium
@@ -70,22 +71,28 @@ def test_log_prob_with_correlated_noise_is_exact():
 
 
 def test_old_log_probabilities_are_those_of_the_actions_as_sampled():
-    """From the noise that was drawn, with early ends: no ratio differs from 1 before a step."""
-    settings = rl2.Settings(**{**vars(FEW), "minibatches": 3, "min_std": 0.1})
+    """The joint density of every episode's noise, with early ends; no ratio differs from 1 yet."""
+    settings = dataclasses.replace(FEW, minibatches=3, noise_correlation=0.6)
     agent = make_agent(FRAGILE, settings)
-    trials = recurrent.joined([steps for steps, _ in play(
-        agent, make_problem(PUSH.training_tasks(3), family=FRAGILE), settings)])
+    played = play(agent, make_problem(PUSH.training_tasks(3), family=FRAGILE), settings)
+    trials = recurrent.joined([steps for steps, _ in played])
     critic = recurrent.Network(recurrent.input_size(FRAGILE), 1, settings, torch.Generator())
     fixed = rl2.fixed_by_old_policy(agent.network, critic, trials, settings, "cpu")
-    mask = trials["mask"] > 0
-    noise = (trials["action"] - agent.network(trials["input"])[0]).detach() / 0.8
-    by_hand = (-0.5 * noise.square() - math.log(0.8) - 0.5 * math.log(2 * math.pi)).sum(-1)
-    assert torch.allclose(fixed["old_log_prob"][mask], by_hand[mask], atol=2e-3)
-    assert abs(noise[mask].std() - 1) < 0.1
+    noise = (trials["action"] - agent.network(trials["input"])[0]).detach().double() / 0.8
+    for row in range(6):
+        begin = 0
+        for _, episodes in played:
+            t = torch.arange(int(episodes["mask"][row].sum()))
+            joint = torch.distributions.MultivariateNormal(
+                torch.zeros(len(t)).double(), 0.6 ** (t[:, None] - t).abs().double())
+            by_hand = joint.log_prob(noise[row, begin + t].T).sum() - 3 * len(t) * math.log(0.8)
+            found = fixed["old_log_prob"][row, begin + t].sum()
+            assert float(found) == pytest.approx(float(by_hand), abs=0.02)
+            begin += len(t)
     batch = recurrent.some_trials(trials | fixed, np.array([4, 1]), "cpu")
     _, info = rl2.ppo_loss(agent.network, critic, batch, settings)
     assert info["clipped"] == 0 and abs(info["kl"]) < 1e-6
-    advantage = fixed["advantage"]
+    advantage, mask = fixed["advantage"], trials["mask"] > 0
     assert abs(advantage[mask].mean()) < 1e-5 and not advantage[~mask].any()
     assert float(advantage[mask].square().mean()) == pytest.approx(1, abs=1e-4)
 
