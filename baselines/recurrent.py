@@ -225,8 +225,8 @@ class Learner:
             if (training := state["training"]) is None:  # the state of a finished run
                 self.iteration = settings.iterations
                 return
-            for name, saved in training["networks"].items():
-                self.networks[name].load_state_dict(saved)
+            for name, values in training["networks"].items():
+                self.networks[name].load_state_dict(values)
             self.optimiser.load_state_dict(copy.deepcopy(training["optimiser"]))
             self.iteration, self.env_steps = training["iteration"], training["env_steps"]
 
