@@ -171,7 +171,7 @@ def choose_settings(options, task: str, seed: int,
         if options.experts == "local":
             preset |= family.local_settings
         if options.quick:
-            preset |= settings_module.QUICK
+            preset |= settings_module.QUICK | kind.quick
         # What has an option of its own also names the folder, so --set must not change it.
         changed = settings_module.from_strings(options.set, kind)
         for name in ("preset", "task", "method", "seed", "experts", "reward"):

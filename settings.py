@@ -122,6 +122,8 @@ class Settings:
     pre_update_tasks: int = within(
         0, 0, 1000, "number of tasks, the last ones, that phi_0 imitates; 0: all [ours]")
 
+    quick = {}  # not a setting: what --quick changes beside QUICK; a method's own class may
+
     def __post_init__(self):
         for spec in dataclasses.fields(self):
             value, limits = getattr(self, spec.name), spec.metadata

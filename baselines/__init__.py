@@ -38,7 +38,8 @@ A method is a module with three names:
     `references`: {name: Adapter}, measured as they are, without any update; usually {}.
 
 `Settings`
-    settings.Settings itself (import it), or a subclass with further settings for --set.
+    settings.Settings itself (import it), or a subclass with further settings for --set. The dict
+    `quick` of that class says which of them --quick changes.
 """
 import importlib
 
@@ -49,6 +50,8 @@ METHODS = {
     "oracle": "baselines.oracle",
     "regress": "baselines.regress",
     "scratch": "baselines.scratch",
+    "rl2": "baselines.rl2",
+    "incontext": "baselines.incontext",
 }
 
 

@@ -52,14 +52,14 @@ def draw_experts(rows, settings, axis) -> None:
 def draw_meta_training(rows, settings, axis) -> None:
     """Return before and after adaptation or, where nobody rolls adapted policies out, losses.
 
-    Step 3a rolls theta out at a collection's start, step 3c the adapted policies at its end: each
-    stands at the env steps of its own moment.
+    The policy is rolled out at a collection's start, the adapted ones at its end: each stands at
+    the env steps of its own moment.
     """
     ends = [row["env_steps"] for row in rows]
     starts, lowest = [0, *ends[:-1]], None
     if "adapted_return" in rows[0]:
-        curves = (("return", "before adaptation (step 3a)", starts),
-                  ("adapted_return", "adapted (step 3c)", ends))
+        curves = (("return", "before adaptation", starts),
+                  ("adapted_return", "adapted", ends))
         axis.set(title="meta-training, sampled actions, training tasks",
                  ylabel="return per episode")
     elif "imitation_0" in rows[0]:
