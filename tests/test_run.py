@@ -342,4 +342,4 @@ def test_help_lists_every_setting_of_the_method(capsys, method):
     text = capsys.readouterr().out
     for spec in dataclasses.fields(baselines.load(method).Settings):
         assert f" {spec.name}={spec.default} " in text
-    assert (" step_size=" in text) == (method == "multitask")
+    assert (" step_size=" in text) == (method in ("multitask", "scratch"))
