@@ -45,6 +45,7 @@ import importlib
 METHODS = {
     "gmps": "gmps",
     "multitask": "baselines.multitask",
+    "pearl": "baselines.pearl",
 }
 
 
