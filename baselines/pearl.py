@@ -61,7 +61,7 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
             context, batch = learner.sample()
             mean, variance = posterior(*evidence(learner.encoder, context))
             z = draw(mean, variance, learner.generator)                # line 14
-            kl = kl_from_prior(mean, variance).mean()                  # line 17
+            kl = kl_from_prior(mean, variance)                         # line 17
             learner.minimise(given_z(batch, z), kl)                    # lines 15, 16 and 19 to 21
         yield learner.state(), learner.metrics()
     problem.meta_test(Adapter(learner.policy(), problem.family, settings, problem.device))
@@ -224,13 +224,13 @@ class Learner:
         return context_input(recent, self.settings), batch
 
     def minimise(self, batch: dict, kl: torch.Tensor) -> None:
-        """One step of Adam on Eq. 3, Eq. 4 and beta times the divergence (Eq. 1).
+        """One step of Adam on Eq. 3, Eq. 4 and beta times the tasks' mean divergence (Eq. 1).
 
         The encoder's gradient comes from the divergence and from the critics' predictions, not from
         their targets nor from the actor's loss (`SoftActorCritic.update`).
         """
-        info = self.learner.update(batch, self.generator, self.settings.kl_weight * kl)
-        self.info = info | {"kl": kl.detach()}
+        self.info = {"kl": kl.detach().mean()} | self.learner.update(
+            batch, self.generator, self.settings.kl_weight * kl.mean())
 
     def policy(self) -> dict:
         """What `Adapter` needs."""

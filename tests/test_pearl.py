@@ -141,7 +141,7 @@ def test_the_encoders_gradient_is_of_the_critics_predictions_and_the_mean_diverg
     state = learner.generator.get_state()
     z = pearl.draw(mean, variance, learner.generator)
     noise = learner.generator.get_state()
-    learner.minimise(pearl.given_z(batch, z), pearl.kl_from_prior(mean, variance).mean())
+    learner.minimise(pearl.given_z(batch, z), pearl.kl_from_prior(mean, variance))
 
     encoder = [p.detach().clone().requires_grad_() for p in learner.encoder]
     with torch.no_grad():  # the step that was just taken
