@@ -9,6 +9,7 @@ settings.py whose names begin with "expert_".
 """
 import copy
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -112,10 +113,13 @@ def temperature_loss(log_temperature: torch.Tensor, log_prob: torch.Tensor,
 
 # ---------------------------------------------------------------- the learner
 class SoftActorCritic:
-    """N independent learners in one set of batched tensors."""
+    """N independent learners in one set of batched tensors.
+
+    `further` parameters learn as well: of networks that observations come from (an encoder's).
+    """
 
     def __init__(self, learners: int, observation_size: int, action_size: int, settings: Settings,
-                 device="cpu"):
+                 device="cpu", further: Sequence[torch.Tensor] = ()):
         self.settings, self.learners, self.action_size = settings, learners, action_size
         self.device = torch.device(device)
         generator = torch.Generator().manual_seed(settings.seed)
@@ -127,28 +131,32 @@ class SoftActorCritic:
         self.critic = [p.to(self.device).requires_grad_() for p in critic]
         self.target_critic = [p.detach().clone() for p in self.critic]
         self.log_temperature = torch.zeros(learners, 1, device=self.device, requires_grad=True)
-        self.trained = [*self.policy, *self.critic, self.log_temperature]
+        self.trained = [*self.policy, *self.critic, self.log_temperature, *further]
         self.optimiser = torch.optim.Adam(self.trained, lr=settings.expert_learning_rate,
                                           fused=True)
         self.target_entropy = settings.expert_entropy * action_size
 
-    def update(self, batch: dict, generator: torch.Generator) -> dict:
+    def update(self, batch: dict, generator: torch.Generator,
+               further_loss: torch.Tensor | float = 0.0) -> dict:
         """One gradient step of critics, policies and temperatures. Returns detached scalars.
 
         No two of the three losses have a gradient in the same parameters. So one step of Adam on
-        their sum is a step on each.
+        their sum is a step on each. Further parameters learn from the critics' loss, through
+        batch["observation"], and from `further_loss`.
         """
         shape = (2, *batch["action"].shape)
         next_noise, noise = torch.randn(shape, generator=generator).to(self.device)
         temperature = self.log_temperature.detach().exp()
-        frozen = [p.detach() for p in self.critic]  # the policy's loss asks no critic gradients
+        frozen = [p.detach() for p in self.critic]  # the policy's loss asks no critic gradients,
+        seen = batch | {"observation": batch["observation"].detach()}  # and none of an encoder
 
         loss, info = critic_loss(self.critic, self.target_critic, self.policy, temperature, batch,
                                  next_noise)
-        actor_loss, actor_info = policy_loss(self.policy, frozen, temperature, batch, noise)
+        actor_loss, actor_info = policy_loss(self.policy, frozen, temperature, seen, noise)
         entropy_loss = temperature_loss(self.log_temperature, actor_info["log_prob"],
                                         self.target_entropy)
-        gradients = torch.autograd.grad(loss + actor_loss + entropy_loss, self.trained)
+        gradients = torch.autograd.grad(loss + actor_loss + entropy_loss + further_loss,
+                                        self.trained)
         for parameter, gradient in zip(self.trained, gradients):
             parameter.grad = gradient
         self.optimiser.step()

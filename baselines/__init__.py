@@ -52,6 +52,7 @@ METHODS = {
     "scratch": "baselines.scratch",
     "rl2": "baselines.rl2",
     "incontext": "baselines.incontext",
+    "pearl": "baselines.pearl",
 }
 
 

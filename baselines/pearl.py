@@ -1,0 +1,300 @@
+"""PEARL: infer from a few episodes what the task is, and act accordingly. Off-policy meta-RL.
+
+An encoder turns transitions of a task into a Gaussian belief about a latent variable z. Actor and
+critics see z beside the observation. At meta-test no weight changes: the belief narrows.
+
+Source: "Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context Variables"
+(Rakelly et al. 2019, arXiv 1903.08254). Numbers of equations and of lines of Algorithm 1 are its
+own. [ours]: soft actor-critic is that of sac.py, with its learned temperature, and with target
+critics in place of a value network. Settings named expert_, the discount for one, are those that a
+task family sets for its experts. The divergence from the prior is a mean over tasks, as the
+critics' loss is. The release sums it, so that its weight grows with the number of tasks.
+
+Letters in shapes: n training tasks, m tasks of a gradient step, N transitions of a context, B
+transitions per task. A transition is (s, a, r), as in the release, or (s, a, r, s').
+"""
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+import settings as settings_module
+from checkpoints import UserError
+from local_policies import Replay
+from policy import CorrelatedNoise, normalised
+from sac import SoftActorCritic, init_mlp, mlp, squashed_mean, squashed_sample
+from settings import one_of, random_streams, within
+
+
+@dataclass(frozen=True)
+class Settings(settings_module.Settings):
+    collections: int = within(150, 1, 10_000, "*each: episodes on all tasks, then gradient steps")
+    meta_batch: int = within(16, 1, 1000, "*tasks per gradient step")
+    learning_rate: float = within(1e-3, 1e-7, 1.0, "*of all networks, Adam's [release: 3e-4]")
+    latent: int = within(5, 1, 1000, "*numbers in z")
+    kl_weight: float = within(0.1, 0.0, 1e6, "*beta, of the divergence from the prior")
+    trial_episodes: int = within(4, 1, 1000, "*K, episodes per training task and collection")
+    updates_per_step: float = within(0.1125, 1e-6, 100.0, "*gradient steps per environment step")
+    task_batch: int = within(32, 1, 65536, "transitions per task and gradient step")
+    context_batch: int = within(64, 1, 65536, "N, recent transitions per task that z comes from")
+    context_next: str = one_of("no", ("no", "yes"), "whether a context holds next observations")
+    relabelled: float = within(0.0, 0.0, 1.0, "share of both that is other tasks' transitions with "
+                               "this task's rewards [ours]; 0 where a family has no outcome_size")
+
+
+# ---------------------------------------------------------------- the algorithm
+def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
+    """Algorithm 1. Yields (state, metrics) per collection; `state` resumes from there.
+
+    UserError where the policy must see images. FloatingPointError when a loss is not finite.
+    """
+    if problem.family.image_shape:
+        raise UserError(f"pearl does not see images: {problem.family.name} needs another method")
+    learner = Learner(problem, settings, state)
+    while learner.begin_collection():                                  # line 2
+        # Gather K episodes of each task: z from the prior, then from what they tell (3 to 10).
+        collect(learner, problem)
+        for _ in range(learner.gradient_steps()):                      # line 11
+            # A context of recent transitions, and a batch of all transitions, of some tasks (13).
+            context, batch = learner.sample()
+            mean, variance = posterior(*evidence(learner.encoder, context))
+            z = draw(mean, variance, learner.generator)                # line 14
+            kl = kl_from_prior(mean, variance)                         # line 17
+            learner.minimise(given_z(batch, z), kl)                    # lines 15, 16 and 19 to 21
+        yield learner.state(), learner.metrics()
+    problem.meta_test(Adapter(learner.policy(), problem.family, settings, problem.device))
+
+
+def collect(learner: "Learner", problem) -> None:
+    """Lines 3 to 10: a trial of K episodes on every training task, as at meta-test.
+
+    All go into the replay. Contexts come from this collection alone, so that they look like those
+    of meta-test. In the first one actions are uniform in [-1, 1], as the experts' are [ours].
+    """
+    settings, tasks = learner.settings, problem.tasks
+    adapter = Adapter(learner.policy(), problem.family, settings, problem.device)
+    adapter.begin(len(tasks), learner.generator)
+    learner.recent = Replay(problem.family, tasks, settings.trial_episodes * problem.family.horizon)
+
+    def at_random(observation, last):
+        return learner.rng.uniform(-1, 1, (len(tasks), problem.family.action_size))
+
+    act = at_random if learner.collection == 1 else adapter.act
+    for k in range(settings.trial_episodes):
+        episodes = problem.rollout(act, tasks, 1)
+        for replay in (learner.replay, learner.recent):
+            replay.add(episodes, np.arange(len(tasks)))
+        adapter.update(episodes)
+        learner.count(episodes, first=k == 0)
+
+
+# ---------------------------------------------------------------- the encoder
+def context_input(batch: dict, settings: Settings) -> torch.Tensor:
+    """Transitions (m, N, c) as the encoder sees them, from a batch of `Replay.sample`."""
+    parts = [batch["observation"], batch["action"], batch["reward"][..., None]]
+    if settings.context_next == "yes":
+        parts.append(batch["next_observation"])
+    return torch.cat(parts, dim=-1)
+
+
+def evidence(encoder: list[torch.Tensor], context: torch.Tensor,
+             mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Sums of mean / variance and of 1 / variance over a context (m, N, c): each (m, latent).
+
+    Each transition gives a Gaussian factor Psi(z|c_n) of the posterior (Eq. 2). These sums are the
+    product's natural parameters. So the order of transitions does not matter, and more of them are
+    just added. `mask` (m, N) is 0 where there is no transition.
+    """
+    m, N, _ = context.shape
+    mean, raw = mlp(encoder, context.flatten(0, 1)[None]).view(m, N, -1).chunk(2, dim=-1)
+    precision = 1.0 / torch.nn.functional.softplus(raw).clamp(min=1e-7)
+    if mask is not None:
+        precision = precision * mask[..., None]
+    return (mean * precision).sum(1), precision.sum(1)
+
+
+def posterior(weighted: torch.Tensor, precision: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Mean and variance (m, latent) of q(z|c), Eq. 2. Without a context: the prior, N(0, 1)."""
+    precision = torch.where(precision > 0, precision, 1.0)
+    return weighted / precision, 1.0 / precision
+
+
+def kl_from_prior(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+    """KL(q(z|c) || N(0, 1)), (m,): the second term of Eq. 1."""
+    return 0.5 * (mean.square() + variance - 1.0 - variance.log()).sum(-1)
+
+
+def draw(mean: torch.Tensor, variance: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A sample of z for each Gaussian, differentiable in both."""
+    return mean + variance.sqrt() * torch.randn(mean.shape, generator=generator).to(mean)
+
+
+def given_z(batch: dict, z: torch.Tensor) -> dict:
+    """A batch (m, B, ...) as soft actor-critic takes it, (1, m * B, ...): observations end in z."""
+    told = z[:, None].expand(-1, batch["action"].shape[1], -1)
+    seen = {name: torch.cat([batch[name], told], dim=-1)
+            for name in ("observation", "next_observation")}
+    return {name: value.flatten(0, 1)[None] for name, value in (batch | seen).items()}
+
+
+# ---------------------------------------------------------------- what meta-training updates
+class Memory(Replay):
+    """A replay whose checkpoint is half as large: most next observations follow in their stream."""
+
+    @staticmethod
+    def last(state: dict) -> torch.Tensor:
+        """(n, longest) bool: which transitions are the last of their episode."""
+        end = state["end"][..., 0]
+        return end == torch.arange(1, end.shape[1] + 1)
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        return state | {"next_observation": state["next_observation"][self.last(state)]}
+
+    def load_state_dict(self, state: dict) -> None:
+        following = state["observation"].roll(-1, dims=1)
+        following[self.last(state)] = state["next_observation"]
+        super().load_state_dict(state | {"next_observation": following})
+
+
+class Learner:
+    """What `train` updates: encoder, actor and critics; replay, random streams, counts."""
+
+    def __init__(self, problem, settings: Settings, state: dict | None):
+        self.settings, self.device, self.n = settings, problem.device, len(problem.tasks)
+        family, latent = problem.family, settings.latent
+        # Its weights are of stream 0. Collections count from 1.
+        seen = family.observation_size * (2 if settings.context_next == "yes" else 1)
+        sizes = [seen + family.action_size + 1, *[settings.expert_width] * 2, 2 * latent]
+        encoder = init_mlp(sizes, 1, random_streams(settings.seed, "meta-training", 0)[1])
+        if state is not None:
+            encoder = state["policy"]["encoder"]
+        self.encoder = [p.to(self.device, copy=True).requires_grad_() for p in encoder]
+        # What sac.py and `Replay.sample` read under other names.
+        self.drawn = replace(
+            settings, expert_learning_rate=settings.learning_rate, expert_batch=settings.task_batch,
+            expert_relabelled=settings.relabelled)
+        self.drawn_context = replace(self.drawn, expert_batch=settings.context_batch,
+                                     expert_return_steps=1)
+        self.learner = SoftActorCritic(1, family.observation_size + latent, family.action_size,
+                                       self.drawn, self.device, further=self.encoder)
+        self.replay = Memory(family, problem.tasks, settings.collections
+                             * settings.trial_episodes * family.horizon)
+        self.collection = self.env_steps = 0
+        if state is not None and state["training"] is None:  # of a finished run
+            self.collection, self.learner.policy = settings.collections, state["policy"]["actor"]
+        elif state is not None:
+            training = state["training"]
+            self.learner.load_state_dict(training["learner"])
+            self.replay.load_state_dict(training["replay"])
+            self.collection, self.env_steps = training["collection"], training["env_steps"]
+
+    def begin_collection(self) -> bool:
+        """Begin a collection, with random streams of its own. False: all are done."""
+        if self.collection == self.settings.collections:
+            return False
+        self.collection += 1
+        self.rng, self.generator = random_streams(
+            self.settings.seed, "meta-training", self.collection)
+        self.steps_before, self.row, self.info = self.env_steps, {"divergences": 0}, {}
+        return True
+
+    def count(self, episodes: dict, first: bool) -> None:
+        """Count env steps. Note return and distance of a trial's first and of its last episode."""
+        self.env_steps += int(episodes["mask"].sum())
+        self.row["divergences"] += int(episodes["diverged"].sum())
+        noted = {"return": float(episodes["rewards"].sum(1).mean()),
+                 "distance": float(episodes["distances"][:, -1].mean())}
+        self.row |= noted | {f"prior_{name}": value for name, value in noted.items() if first}
+
+    def gradient_steps(self) -> int:
+        """How many are due after a collection, in proportion to the env steps so far."""
+        rate = self.settings.updates_per_step
+        return math.floor(rate * self.env_steps) - math.floor(rate * self.steps_before)
+
+    def sample(self) -> tuple[torch.Tensor, dict]:
+        """Line 13: contexts (m, N, c) and a batch of (m, B, ...), of m random training tasks."""
+        some = torch.as_tensor(self.rng.permutation(self.n)[:self.settings.meta_batch])
+        recent, batch = (
+            {name: value[some].to(self.device) for name, value in drawn.items()}
+            for drawn in (self.recent.sample(self.rng, self.n, self.drawn_context),
+                          self.replay.sample(self.rng, self.n, self.drawn)))
+        return context_input(recent, self.settings), batch
+
+    def minimise(self, batch: dict, kl: torch.Tensor) -> None:
+        """One step of Adam on Eq. 3, Eq. 4 and beta times the tasks' mean divergence (Eq. 1).
+
+        The encoder's gradient comes from the divergence and from the critics' predictions, not from
+        their targets nor from the actor's loss (`SoftActorCritic.update`).
+        """
+        self.info = {"kl": kl.detach().mean()} | self.learner.update(
+            batch, self.generator, self.settings.kl_weight * kl.mean())
+
+    def policy(self) -> dict:
+        """What `Adapter` needs."""
+        return {name: [p.detach().clone() for p in params]
+                for name, params in (("encoder", self.encoder), ("actor", self.learner.policy))}
+
+    def state(self) -> dict:
+        """A copy of all that resuming needs. The next collection brings contexts of its own."""
+        return {"policy": self.policy(), "training": {
+            "learner": self.learner.state_dict(), "replay": self.replay.state_dict(),
+            "collection": self.collection, "env_steps": self.env_steps}}
+
+    def metrics(self) -> dict:
+        """A row of metrics.csv: losses are those of the last gradient step."""
+        if not math.isfinite(sum(self.info.values())):
+            raise FloatingPointError(
+                f"a loss is not finite in collection {self.collection}: start anew with a lower "
+                "learning_rate or another seed, and another output folder")
+        return self.row | self.info | {"iteration": self.collection, "env_steps": self.env_steps,
+                                       "progress": self.collection / self.settings.collections}
+
+
+# ---------------------------------------------------------------- meta-test
+class Adapter:
+    """Algorithm 2: posterior sampling (contract: baselines/__init__.py).
+
+    Every episode draws a z and keeps it: the first from the prior, later ones from the posterior
+    given all episodes of the task before. Measured: mean actions, z the posterior's mean [ours].
+    """
+    sequential = True  # each episode of a round learns from those before
+    references = {}
+
+    def __init__(self, policy: dict, family, settings: Settings, device="cpu"):
+        self.encoder, self.actor = ([p.to(device) for p in policy[name]]
+                                    for name in ("encoder", "actor"))
+        self.family, self.settings, self.device = family, settings, device
+
+    def begin(self, count: int, generator: torch.Generator) -> None:
+        """Forget all contexts: `count` new tasks, the prior for each."""
+        self.generator = generator
+        self.context = 2 * [torch.zeros(count, self.settings.latent, device=self.device)]
+
+    @torch.no_grad()
+    def act(self, observation, last: dict | None = None, explore: bool = True) -> np.ndarray:
+        """Actions (count * K, act) for count * K environments, ordered by task."""
+        if last is None:  # an episode begins
+            K = len(observation) // len(self.context[0])
+            mean, variance = (x.repeat_interleave(K, 0) for x in posterior(*self.context))
+            self.z = draw(mean, variance, self.generator) if explore else mean
+            self.noise = CorrelatedNoise((1, len(mean), self.family.action_size),
+                                         self.settings.expert_noise_correlation, self.generator)
+        x = torch.cat([normalised(self.family, observation).to(self.z), self.z], dim=-1)[None]
+        action = (squashed_sample(self.actor, x, next(self.noise).to(x))[0] if explore
+                  else squashed_mean(self.actor, x))
+        return action[0].cpu().numpy()
+
+    @torch.no_grad()
+    def update(self, episodes: dict) -> None:
+        """Add every transition of the episodes just explored to its task's context."""
+        seen, n = normalised(self.family, episodes["observations"]), len(self.context[0])
+        parts = {"observation": seen[:, :-1], "next_observation": seen[:, 1:],
+                 "action": episodes["actions"], "mask": episodes["mask"],
+                 "reward": self.settings.expert_reward_scale * episodes["rewards"]}
+        batch = {name: torch.as_tensor(value, dtype=torch.float32).to(self.device).reshape(
+            n, -1, *value.shape[2:]) for name, value in parts.items()}
+        new = evidence(self.encoder, context_input(batch, self.settings), batch["mask"])
+        self.context = [old + more for old, more in zip(self.context, new)]
