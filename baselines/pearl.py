@@ -4,11 +4,10 @@ An encoder turns transitions of a task into a Gaussian belief about a latent var
 critics see z beside the observation. At meta-test no weight changes: the belief narrows.
 
 Source: "Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context Variables"
-(Rakelly et al. 2019, arXiv 1903.08254). Numbers of equations and of lines of Algorithm 1 are its
-own. [ours]: soft actor-critic is that of sac.py, with its learned temperature, and with target
-critics in place of a value network. Settings named expert_, the discount for one, are those that a
-task family sets for its experts. The divergence from the prior is a mean over tasks, as the
-critics' loss is. The release sums it, so that its weight grows with the number of tasks.
+(Rakelly et al. 2019, arXiv 1903.08254); equations and lines of its Algorithm 1 have its numbers.
+[ours]: soft actor-critic is that of sac.py, with a learned temperature and no value network. Its
+settings, named expert_, are those that a task family sets for its experts. The divergence from the
+prior is a mean over tasks, as the critics' loss is. The release sums it over tasks.
 
 Letters in shapes: n training tasks, m tasks of a gradient step, N transitions of a context, B
 transitions per task. A transition is (s, a, r), as in the release, or (s, a, r, s').
@@ -38,7 +37,8 @@ class Settings(settings_module.Settings):
     trial_episodes: int = within(4, 1, 1000, "*K, episodes per training task and collection")
     updates_per_step: float = within(0.1125, 1e-6, 100.0, "*gradient steps per environment step")
     task_batch: int = within(32, 1, 65536, "transitions per task and gradient step")
-    context_batch: int = within(64, 1, 65536, "N, recent transitions per task that z comes from")
+    context_batch: int = within(128, 1, 65536, "N, transitions of a trial that z comes from")
+    recent_trials: int = within(10, 1, 10_000, "latest trials of each task that give contexts")
     context_next: str = one_of("no", ("no", "yes"), "whether a context holds next observations")
     relabelled: float = within(0.0, 0.0, 1.0, "share of both that is other tasks' transitions with "
                                "this task's rewards [ours]; 0 where a family has no outcome_size")
@@ -54,11 +54,9 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
         raise UserError(f"pearl does not see images: {problem.family.name} needs another method")
     learner = Learner(problem, settings, state)
     while learner.begin_collection():                                  # line 2
-        # Gather K episodes of each task: z from the prior, then from what they tell (3 to 10).
-        collect(learner, problem)
+        collect(learner, problem)                                      # lines 3 to 10
         for _ in range(learner.gradient_steps()):                      # line 11
-            # A context of recent transitions, and a batch of all transitions, of some tasks (13).
-            context, batch = learner.sample()
+            context, batch = learner.sample()                          # line 13, of some tasks
             mean, variance = posterior(*evidence(learner.encoder, context))
             z = draw(mean, variance, learner.generator)                # line 14
             kl = kl_from_prior(mean, variance)                         # line 17
@@ -70,42 +68,37 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
 def collect(learner: "Learner", problem) -> None:
     """Lines 3 to 10: a trial of K episodes on every training task, as at meta-test.
 
-    All go into the replay. Contexts come from this collection alone, so that they look like those
-    of meta-test. In the first one actions are uniform in [-1, 1], as the experts' are [ours].
+    In the first collection actions are uniform in [-1, 1], as the experts' are [ours].
     """
-    settings, tasks = learner.settings, problem.tasks
-    adapter = Adapter(learner.policy(), problem.family, settings, problem.device)
+    tasks = problem.tasks
+    adapter = Adapter(learner.policy(), problem.family, learner.settings, problem.device)
     adapter.begin(len(tasks), learner.generator)
-    learner.recent = Replay(problem.family, tasks, settings.trial_episodes * problem.family.horizon)
-
-    def at_random(observation, last):
-        return learner.rng.uniform(-1, 1, (len(tasks), problem.family.action_size))
-
-    act = at_random if learner.collection == 1 else adapter.act
-    for k in range(settings.trial_episodes):
+    shape = len(tasks), problem.family.action_size
+    act = (lambda *_: learner.rng.uniform(-1, 1, shape)) if learner.collection == 1 else adapter.act
+    for k in range(learner.settings.trial_episodes):
         episodes = problem.rollout(act, tasks, 1)
-        for replay in (learner.replay, learner.recent):
-            replay.add(episodes, np.arange(len(tasks)))
+        learner.replay.add(episodes, np.arange(len(tasks)))
         adapter.update(episodes)
         learner.count(episodes, first=k == 0)
+    learner.bounds = np.vstack([learner.bounds, learner.replay.sizes])
 
 
 # ---------------------------------------------------------------- the encoder
-def context_input(batch: dict, settings: Settings) -> torch.Tensor:
-    """Transitions (m, N, c) as the encoder sees them, from a batch of `Replay.sample`."""
-    parts = [batch["observation"], batch["action"], batch["reward"][..., None]]
+def context_input(family, settings, observation, action, reward, next_observation) -> torch.Tensor:
+    """What the encoder sees of transitions, (..., c): normalised, rewards (...,) scaled."""
+    parts = [normalised(family, observation), action,
+             settings.expert_reward_scale * reward[..., None]]
     if settings.context_next == "yes":
-        parts.append(batch["next_observation"])
-    return torch.cat(parts, dim=-1)
+        parts.append(normalised(family, next_observation))
+    return torch.cat([torch.as_tensor(part, dtype=torch.float32) for part in parts], dim=-1)
 
 
 def evidence(encoder: list[torch.Tensor], context: torch.Tensor,
              mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
     """Sums of mean / variance and of 1 / variance over a context (m, N, c): each (m, latent).
 
-    Each transition gives a Gaussian factor Psi(z|c_n) of the posterior (Eq. 2). These sums are the
-    product's natural parameters. So the order of transitions does not matter, and more of them are
-    just added. `mask` (m, N) is 0 where there is no transition.
+    They are the natural parameters of a product of Gaussian factors Psi(z|c_n), one for each
+    transition (Eq. 2). More transitions are just added, in any order. `mask` (m, N): which count.
     """
     m, N, _ = context.shape
     mean, raw = mlp(encoder, context.flatten(0, 1)[None]).view(m, N, -1).chunk(2, dim=-1)
@@ -146,8 +139,7 @@ class Memory(Replay):
     @staticmethod
     def last(state: dict) -> torch.Tensor:
         """(n, longest) bool: which transitions are the last of their episode."""
-        end = state["end"][..., 0]
-        return end == torch.arange(1, end.shape[1] + 1)
+        return state["end"][..., 0] == torch.arange(1, state["end"].shape[1] + 1)
 
     def state_dict(self) -> dict:
         state = super().state_dict()
@@ -165,23 +157,21 @@ class Learner:
     def __init__(self, problem, settings: Settings, state: dict | None):
         self.settings, self.device, self.n = settings, problem.device, len(problem.tasks)
         family, latent = problem.family, settings.latent
-        # Its weights are of stream 0. Collections count from 1.
+        # Initial weights are of stream 0: collections count from 1.
         seen = family.observation_size * (2 if settings.context_next == "yes" else 1)
         sizes = [seen + family.action_size + 1, *[settings.expert_width] * 2, 2 * latent]
-        encoder = init_mlp(sizes, 1, random_streams(settings.seed, "meta-training", 0)[1])
-        if state is not None:
-            encoder = state["policy"]["encoder"]
+        encoder = state["policy"]["encoder"] if state is not None else init_mlp(
+            sizes, 1, random_streams(settings.seed, "meta-training", 0)[1])
         self.encoder = [p.to(self.device, copy=True).requires_grad_() for p in encoder]
         # What sac.py and `Replay.sample` read under other names.
         self.drawn = replace(
             settings, expert_learning_rate=settings.learning_rate, expert_batch=settings.task_batch,
-            expert_relabelled=settings.relabelled)
-        self.drawn_context = replace(self.drawn, expert_batch=settings.context_batch,
-                                     expert_return_steps=1)
+            expert_relabelled=settings.relabelled if family.outcome_size else 0.0)
         self.learner = SoftActorCritic(1, family.observation_size + latent, family.action_size,
                                        self.drawn, self.device, further=self.encoder)
-        self.replay = Memory(family, problem.tasks, settings.collections
-                             * settings.trial_episodes * family.horizon)
+        steps = settings.collections * settings.trial_episodes * family.horizon
+        self.replay = Memory(family, problem.tasks, steps)
+        self.bounds = np.zeros((1, self.n), int)  # (trials + 1, n): where each ends in its stream
         self.collection = self.env_steps = 0
         if state is not None and state["training"] is None:  # of a finished run
             self.collection, self.learner.policy = settings.collections, state["policy"]["actor"]
@@ -189,7 +179,8 @@ class Learner:
             training = state["training"]
             self.learner.load_state_dict(training["learner"])
             self.replay.load_state_dict(training["replay"])
-            self.collection, self.env_steps = training["collection"], training["env_steps"]
+            self.bounds = training["bounds"].numpy()
+            self.collection, self.env_steps = len(self.bounds) - 1, training["env_steps"]
 
     def begin_collection(self) -> bool:
         """Begin a collection, with random streams of its own. False: all are done."""
@@ -216,19 +207,29 @@ class Learner:
 
     def sample(self) -> tuple[torch.Tensor, dict]:
         """Line 13: contexts (m, N, c) and a batch of (m, B, ...), of m random training tasks."""
-        some = torch.as_tensor(self.rng.permutation(self.n)[:self.settings.meta_batch])
-        recent, batch = (
-            {name: value[some].to(self.device) for name, value in drawn.items()}
-            for drawn in (self.recent.sample(self.rng, self.n, self.drawn_context),
-                          self.replay.sample(self.rng, self.n, self.drawn)))
-        return context_input(recent, self.settings), batch
+        some = self.rng.permutation(self.n)[:self.settings.meta_batch]
+        batch = self.replay.sample(self.rng, self.n, self.drawn).items()
+        return self.context(some), {name: value[some].to(self.device) for name, value in batch}
+
+    def context(self, some: np.ndarray) -> torch.Tensor:
+        """Contexts (m, N, c) of the tasks `some`, each drawn from one of the latest trials [ours].
+
+        One, as at meta-test. Not always the very latest: so few trials the encoder can tell apart
+        by their states, whatever the rewards. A share `relabelled` are another task's trials.
+        """
+        m, rng, replay, now = len(some), self.rng, self.replay, self.collection
+        trial = rng.integers(max(0, now - self.settings.recent_trials), now, size=m)
+        mixed = rng.random(m) < self.drawn.expert_relabelled
+        stream = np.where(mixed, rng.integers(self.n, size=m), some)
+        first, end = (self.bounds[k, stream][:, None] for k in (trial, trial + 1))
+        stream, index = stream[:, None], rng.integers(first, end, (m, self.settings.context_batch))
+        fields = {name: replay.data[name][stream, index]
+                  for name in ("observation", "action", "next_observation")}
+        reward = replay.rewards(stream, index, replay.tasks[some, None])
+        return context_input(replay.family, self.settings, reward=reward, **fields).to(self.device)
 
     def minimise(self, batch: dict, kl: torch.Tensor) -> None:
-        """One step of Adam on Eq. 3, Eq. 4 and beta times the tasks' mean divergence (Eq. 1).
-
-        The encoder's gradient comes from the divergence and from the critics' predictions, not from
-        their targets nor from the actor's loss (`SoftActorCritic.update`).
-        """
+        """One step of Adam on Eq. 3, Eq. 4 and beta times the tasks' mean divergence (Eq. 1)."""
         self.info = {"kl": kl.detach().mean()} | self.learner.update(
             batch, self.generator, self.settings.kl_weight * kl.mean())
 
@@ -238,17 +239,17 @@ class Learner:
                 for name, params in (("encoder", self.encoder), ("actor", self.learner.policy))}
 
     def state(self) -> dict:
-        """A copy of all that resuming needs. The next collection brings contexts of its own."""
+        """A copy of all that resuming needs."""
         return {"policy": self.policy(), "training": {
             "learner": self.learner.state_dict(), "replay": self.replay.state_dict(),
-            "collection": self.collection, "env_steps": self.env_steps}}
+            "bounds": torch.tensor(self.bounds), "env_steps": self.env_steps}}
 
     def metrics(self) -> dict:
         """A row of metrics.csv: losses are those of the last gradient step."""
         if not math.isfinite(sum(self.info.values())):
             raise FloatingPointError(
-                f"a loss is not finite in collection {self.collection}: start anew with a lower "
-                "learning_rate or another seed, and another output folder")
+                f"a loss is not finite in collection {self.collection}: start anew in another "
+                "folder, with a lower learning_rate")
         return self.row | self.info | {"iteration": self.collection, "env_steps": self.env_steps,
                                        "progress": self.collection / self.settings.collections}
 
@@ -290,11 +291,10 @@ class Adapter:
     @torch.no_grad()
     def update(self, episodes: dict) -> None:
         """Add every transition of the episodes just explored to its task's context."""
-        seen, n = normalised(self.family, episodes["observations"]), len(self.context[0])
-        parts = {"observation": seen[:, :-1], "next_observation": seen[:, 1:],
-                 "action": episodes["actions"], "mask": episodes["mask"],
-                 "reward": self.settings.expert_reward_scale * episodes["rewards"]}
-        batch = {name: torch.as_tensor(value, dtype=torch.float32).to(self.device).reshape(
-            n, -1, *value.shape[2:]) for name, value in parts.items()}
-        new = evidence(self.encoder, context_input(batch, self.settings), batch["mask"])
+        observations, count = episodes["observations"], len(self.context[0])
+        context = context_input(self.family, self.settings, observations[:, :-1],
+                                episodes["actions"], episodes["rewards"], observations[:, 1:])
+        mask = torch.as_tensor(episodes["mask"], dtype=torch.float32)
+        new = evidence(self.encoder, *(x.reshape(count, -1, *x.shape[2:]).to(self.device)
+                                       for x in (context, mask)))
         self.context = [old + more for old, more in zip(self.context, new)]

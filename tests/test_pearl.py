@@ -28,7 +28,7 @@ CENTRE = np.array([0, 0.6, 0.1, 0, 0.65, 0.02])
 TASKS = task_set(PUSH, "train", 3)
 TINY = pearl.Settings(training_tasks=3, expert_width=8, expert_noise_correlation=0.6, latent=2,
                       collections=3, trial_episodes=2, updates_per_step=0.05, meta_batch=2,
-                      task_batch=16, context_batch=12, seed=3)
+                      task_batch=16, context_batch=12, recent_trials=2, seed=3)
 
 
 class Sturdy(type(PUSH)):
@@ -231,43 +231,55 @@ def test_everything_executed_is_remembered_and_nothing_else(monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_contexts_are_recent_batches_are_not_and_rewards_are_the_tasks(share):
+def test_contexts_are_recent_trials_batches_are_not_and_rewards_are_the_tasks(share):
     """Each row is found by its action among all episodes. Relabelled rewards: those of the family.
 
-    Of a half that may be of any task, one in three is the task's own.
+    A context is of one trial, that of its task or, relabelled, maybe of another. Of a half that may
+    be of any task, one in three is the task's own.
     """
     settings = changed(relabelled=share, task_batch=4000, context_batch=3000, context_next="yes")
-    learner, kept = collected(settings, collections=2)
+    learner, kept = collected(settings, collections=3)
     place = {np.float32(part["actions"][task, t]).tobytes(): (k, task, t)
              for k, part in enumerate(kept) for task in range(3)
              for t in range(int(part["mask"][task].sum()))}
+
+    def found(actions, rewards, task):
+        """(episode, task, step) of each row; its reward must be that of `task`."""
+        rows = np.array([place[action.tobytes()] for action in actions.numpy()])
+        outcome, executed = (np.array([kept[k][name][s, t] for k, s, t in rows])
+                             for name in ("outcomes", "actions"))
+        paid = 0.1 * PUSH.rewards_of(outcome, executed, np.repeat(TASKS[[task]], len(rows), axis=0))
+        assert np.allclose(rewards, paid, atol=1e-4)
+        return rows.T
+
+    def all_of(episodes, task):
+        return {(k, s, t) for k, s, t in place.values() if k in episodes and s == task}
     some = copy.deepcopy(learner.rng).permutation(3)[:2]
     context, batch = learner.sample()
     assert context.shape == (2, 3000, 6 + 3 + 1 + 6) and batch["action"].shape == (2, 4000, 3)
-    for action, reward, episodes, task in (
-            *((c[:, 6:9], c[:, 9], {2, 3}, task) for c, task in zip(context, some)),
-            *((a, r, {0, 1, 2, 3}, task)
-              for a, r, task in zip(batch["action"], batch["reward"], some))):
-        k, source, t = np.array([place[a.tobytes()] for a in action.numpy()]).T
-        assert set(k) == episodes
+    for action, reward, task in zip(batch["action"], batch["reward"], some):
+        k, source, t = found(action, reward, task)
+        own = {(k, s, t) for k, s, t in zip(k, source, t) if s == task}
+        assert own == all_of(range(6), task), "all episodes, also their last transitions"
         expected = 1 - share * 2 / 3
-        assert abs((source == task).mean() - expected) <= 4 * math.sqrt(expected * (
-            1 - expected) / len(t))
-        outcome, executed = (np.array([kept[e][name][s, j] for e, s, j in zip(k, source, t)])
-                             for name in ("outcomes", "actions"))
-        paid = 0.1 * PUSH.rewards_of(outcome, executed, np.repeat(TASKS[[task]], len(t), axis=0))
-        assert np.allclose(reward, paid, atol=1e-4)
-        own = {(e, s, j) for e, s, j in place.values() if e in episodes and s == task}
-        assert {(e, s, j) for e, s, j in zip(k, source, t) if s == task} == own, "also last ones"
-    k, source, t = np.array([place[a.tobytes()] for a in batch["action"][0].numpy()]).T
-    ended = [kept[e]["terminated"][s] and j == kept[e]["mask"][s].sum() - 1
-             for e, s, j in zip(k, source, t)]
-    assert np.array_equal(batch["terminated"][0], ended) and sum(ended) > 0
-    assert np.allclose(batch["discount"], 0.95)
-    for name, tensor in (("observations", context[0, :, :6]), ("next", context[0, :, 10:])):
-        e, s, j = np.array([place[a.tobytes()] for a in context[0, :, 6:9].numpy()]).T
-        x = [kept[a]["observations"][b, c + (name == "next")] for a, b, c in zip(e, s, j)]
-        assert np.allclose(tensor, (x - CENTRE) / 0.1, atol=1e-4)
+        assert abs((source == task).mean() - expected) <= 4 * math.sqrt(
+            expected * (1 - expected) / 4000)
+    ended = [kept[k]["terminated"][s] and t == kept[k]["mask"][s].sum() - 1
+             for k, s, t in zip(*found(batch["action"][1], batch["reward"][1], some[1]))]
+    assert np.array_equal(batch["terminated"][1], ended) and np.allclose(batch["discount"], 0.95)
+    sources = set()
+    for _ in range(8):
+        for c, task in zip(context, some):
+            k, source, t = found(c[:, 6:9], c[:, 9], task)
+            trial = {2 * (k[0] // 2), 2 * (k[0] // 2) + 1}
+            assert len(set(source)) == 1 and set(zip(k, source, t)) == all_of(trial, source[0])
+            x = [[kept[a]["observations"][b, j + after] for a, b, j in zip(k, source, t)]
+                 for after in (0, 1)]
+            seen = torch.cat([c[:, :6], c[:, 10:]], dim=1)
+            assert np.allclose(seen, (np.hstack(x) - np.tile(CENTRE, 2)) / 0.1, atol=1e-4)
+            sources.add((k[0] // 2, source[0] == task))
+        some, context = np.array([2, 0]), learner.context(np.array([2, 0]))
+    assert sources == {(trial, own) for trial in (1, 2) for own in (True, False)[:1 + (share > 0)]}
 
 
 @pytest.mark.parametrize("context_next", ["no", "yes"])
@@ -366,7 +378,8 @@ def test_a_run_from_the_command_line(tmp_path):
     """No expert is asked; every step is counted; a round of meta-test has an update per episode."""
     out = tmp_path / "run"
     own = ("latent=2", "kl_weight=0.2", "trial_episodes=3", "updates_per_step=0.01", "task_batch=8",
-           "context_batch=8", "context_next=yes", "relabelled=0.5", "meta_batch=1")
+           "context_batch=8", "context_next=yes", "relabelled=0.5", "meta_batch=1",
+           "recent_trials=1")
     assert start("--method", "pearl", *ARGUMENTS, *(f"--set={pair}" for pair in own),
                  "--out", out) == 0
     result = result_of(out)
