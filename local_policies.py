@@ -155,9 +155,9 @@ def train_experts(env, tasks: np.ndarray, settings: Settings, state: dict | None
     """Step 1 of the algorithm. Yields (experts, snapshot, metrics) after every iteration.
 
     In every iteration each of `env`'s environments plays one episode, on tasks that take turns.
-    `snapshot()` returns the state after that
-    iteration: learner, replay, counts. A later call with this `state` continues bit for bit, since
-    every iteration has its own random streams. FloatingPointError when a loss is not finite.
+    `snapshot()` returns the state after that iteration: learner, replay, counts. A later call with
+    this `state` continues bit for bit, since every iteration has its own random streams.
+    FloatingPointError when a loss is not finite.
     """
     family, contextual = env.family, settings.experts == "contextual"
     learners = 1 if contextual else len(tasks)
@@ -192,10 +192,7 @@ def train_experts(env, tasks: np.ndarray, settings: Settings, state: dict | None
         replay.add(episodes, streams)
         env_steps += int(episodes["mask"].sum())
         learner.set_learning_rate(iteration / settings.expert_iterations)
-        for _ in range(settings.expert_updates):
-            batch = replay.sample(rng, learners, settings)
-            batch = {name: value.to(device) for name, value in batch.items()}
-            info = learner.update(batch, generator)
+        info = learner.learn(replay, rng, generator)
         metrics = {"iteration": iteration + 1, "env_steps": env_steps,
                    "return": float(episodes["rewards"].sum(1).mean()),
                    "distance": float(episodes["distances"][:, -1].mean()),

@@ -190,16 +190,19 @@ def leaky_clip(action: torch.Tensor) -> torch.Tensor:
     return inside + 0.1 * (action - inside)
 
 
+def imitated(action: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """What of a mean action imitates the expert.
+
+    With imitated_action "executed" it is clipped first [ours]. Most expert actions are at full
+    speed, 1, and the environment executes a mean of 1.2 as 1.
+    """
+    return leaky_clip(action) if settings.imitated_action == "executed" else action
+
+
 def imitation_loss(phi: Params, x: torch.Tensor, expert_action: torch.Tensor,
                    settings: Settings) -> torch.Tensor:
-    """mean_i mean_s || mean of pi_phi_i(s) - a* ||^2, for x (n, B, F), expert_action (n, B, act).
-
-    With imitated_action "executed" the mean is clipped first [ours]. Most expert actions are at
-    full speed, 1, and the environment executes a mean of 1.2 as 1.
-    """
-    action = mean_action(phi, x)
-    if settings.imitated_action == "executed":
-        action = leaky_clip(action)
+    """mean_i mean_s || mean of pi_phi_i(s) - a* ||^2, x (n, B, F), expert_action (n, B, act)."""
+    action = imitated(mean_action(phi, x), settings)
     return (action - expert_action).square().sum(-1).mean()
 
 

@@ -165,6 +165,14 @@ class SoftActorCritic:
                 "policy_loss": actor_loss.detach() / self.learners,
                 "value": info["value"].detach(), "temperature": temperature.mean()}
 
+    def learn(self, replay, rng, generator: torch.Generator) -> dict:
+        """`expert_updates` steps on batches of a local_policies.Replay. What the last returned."""
+        for _ in range(self.settings.expert_updates):
+            batch = replay.sample(rng, self.learners, self.settings)
+            batch = {name: value.to(self.device) for name, value in batch.items()}
+            info = self.update(batch, generator)
+        return info
+
     def set_learning_rate(self, progress: float) -> None:
         """Rates fall to a tenth as `progress` goes from 0 to 1: late policies are steady."""
         rate = self.settings.expert_learning_rate * (1.0 - 0.9 * progress)

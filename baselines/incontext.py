@@ -32,7 +32,7 @@ from baselines.recurrent import (
     some_trials,
 )
 from checkpoints import UserError
-from policy import leaky_clip
+from policy import imitated
 from settings import random_streams
 
 
@@ -163,11 +163,6 @@ def aggregated(trials: dict, new: dict) -> dict:
 
 
 def imitation_loss(student: Policy, batch: dict, settings: Settings) -> torch.Tensor:
-    """mean_s || mean of the student's policy(s and all before) - a* ||^2, over visited steps.
-
-    With imitated_action "executed" the mean is clipped first, as in `policy.imitation_loss`.
-    """
-    action, _ = student(batch["input"])
-    if settings.imitated_action == "executed":
-        action = leaky_clip(action)
+    """mean_s || mean of the student's policy(s and all before) - a* ||^2, over visited steps."""
+    action = imitated(student(batch["input"])[0], settings)
     return mean_over((action - batch["label"]).square().sum(-1), batch["mask"])

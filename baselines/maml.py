@@ -186,14 +186,14 @@ def conjugate_gradient(product: Callable[[torch.Tensor], torch.Tensor], b: torch
     return x
 
 
-def trust_region_step(parameters: list[torch.Tensor], evaluate: Callable, move: Callable,
+def trust_region_step(parameters: list[torch.Tensor], evaluate: Callable,
                       settings: Settings) -> dict:
     """Lower a loss by one step of TRPO that keeps the mean KL within max_kl ([TRPO] appendix C).
 
     `evaluate(first_order)` gives (loss, kl) at the parameters, kl from the policies at the start;
-    differentiable unless `first_order`. `move(vector)` writes into the parameters. If no length of
-    the step lowers the loss within the bound, they stay as they were. Returns metrics.
-    FloatingPointError if the gradient is not finite.
+    differentiable unless `first_order`. If no length of the step lowers the loss within the bound,
+    the parameters stay as they were. Returns metrics. FloatingPointError if the gradient is not
+    finite.
     """
     loss, kl = evaluate(False)
     gradient = flat(torch.autograd.grad(loss, parameters, retain_graph=True,
@@ -212,7 +212,7 @@ def trust_region_step(parameters: list[torch.Tensor], evaluate: Callable, move: 
     start, loss = flat(parameters).detach(), loss.item()
     for trial in range(settings.backtracks):
         length = settings.backtrack_ratio ** trial
-        move(start - length * beta * direction)
+        place(start - length * beta * direction, parameters)
         new_loss, kl = (value.item() for value in evaluate(True))
         if kl <= settings.max_kl and new_loss < loss:  # false, too, if one is not a number
             return info | {"improvement": loss - new_loss, "kl": kl, "length": length}
@@ -267,10 +267,7 @@ class MetaLearner(gmps.MetaLearner):
         def evaluate(first_order):
             new = adapt(self.theta, self.alpha, adaptation, settings, first_order)
             return surrogate_loss(new, after), mean_kl(old, new, after)
-
-        def move(vector):
-            place(vector, self.parameters)
-        self.row |= trust_region_step(self.parameters, evaluate, move, settings)
+        self.row |= trust_region_step(self.parameters, evaluate, settings)
 
     def policy(self) -> dict:
         """What `Adapter` needs."""

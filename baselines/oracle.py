@@ -16,13 +16,18 @@ from settings import Settings
 from tasks import make_family
 
 
-def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-    """The experts alone. It yields once, and rolls out nothing beside their training."""
+def train(problem, settings: Settings, state: dict | None = None,
+          kind: type | None = None) -> Iterator[tuple[dict, dict]]:
+    """The experts alone. It yields once, and rolls out nothing beside their training.
+
+    `kind`: the class of the adapter (default: this file's).
+    """
     experts = ask_experts(problem, settings)
     if state is None:
         state = {"policy": told_experts(experts, problem.tasks), "training": None}
         yield state, {"iteration": 1, "progress": 1.0, "env_steps": 0}
-    problem.meta_test(Adapter(state["policy"], problem.family, settings, problem.device))
+    problem.meta_test((kind or Adapter)(state["policy"], problem.family, settings,
+                                        problem.device))
 
 
 def ask_experts(problem, settings: Settings):

@@ -43,12 +43,7 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
     if not problem.family.outcome_size:
         raise UserError(f"regress needs the reward of any goal: {problem.family.name} has no "
                         "outcome_size (tasks/base.py)")
-    experts = oracle.ask_experts(problem, settings)
-    if state is None:
-        policy = oracle.told_experts(experts, problem.tasks)
-        state = {"policy": policy, "training": None}
-        yield state, {"iteration": 1, "progress": 1.0, "env_steps": 0}
-    problem.meta_test(Adapter(state["policy"], problem.family, settings, problem.device))
+    yield from oracle.train(problem, settings, state, Adapter)
 
 
 class Adapter(oracle.Adapter):

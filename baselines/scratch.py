@@ -116,10 +116,7 @@ class OffPolicy:
             self.replay.load_state_dict(old.state_dict())
         self.replay.add(episodes, np.repeat(np.arange(self.n), B // self.n))
         self.learner.set_learning_rate(progress)
-        for _ in range(self.settings.expert_updates):
-            batch = self.replay.sample(self.rng, self.n, self.settings)
-            batch = {name: value.to(self.device) for name, value in batch.items()}
-            info = self.learner.update(batch, self.generator)
+        info = self.learner.learn(self.replay, self.rng, self.generator)
         if not math.isfinite(info["critic_loss"] + info["policy_loss"]):
             raise FloatingPointError("scratch: a loss is not finite: train again with a lower "
                                      "expert_learning_rate")

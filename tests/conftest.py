@@ -12,7 +12,7 @@ import phases
 import run
 from advantages import policy_gradient_batch
 from envs import Environments
-from policy import Actor
+from policy import Actor, log_prob
 from settings import Settings
 from tasks import make_family
 
@@ -90,6 +90,16 @@ def push_batch(explored, settings, scale=None, tasks=slice(None)):
     """(batch of an inner step, scale) from what was explored on some tasks of push."""
     explored = {name: value[tasks] for name, value in explored.items()}
     return policy_gradient_batch(explored, PUSH.baseline_products, settings, scale)
+
+
+def with_policy_gradient(phi, explored, settings):
+    """phi with the gradient of mean log pi A: advantages over each task's root mean square."""
+    batch, _ = push_batch(explored, settings, scale=1.0)
+    advantage = batch["advantage"] / batch["advantage"].square().mean(1, keepdim=True).sqrt()
+    phi = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
+    log_p = log_prob(phi, batch["features"], batch["action"])
+    (log_p * advantage).mean(1).sum().backward()
+    return phi
 
 
 class Fragile(type(PUSH)):

@@ -16,10 +16,10 @@ from evaluate import (
     evaluate,
 )
 from local_policies import Demonstrations
-from policy import imitate, log_prob, per_task
+from policy import imitate, per_task
 from tasks import task_set
 from tasks.base import GymnasiumFamily
-from tests.conftest import PUSH, make_problem, push_batch
+from tests.conftest import PUSH, make_problem, with_policy_gradient
 
 
 class Walk(gymnasium.Env):
@@ -276,11 +276,7 @@ def test_multitask_imitation():
     adapter.begin(2, torch.Generator().manual_seed(0))
     for _ in range(2):
         episodes = problem.rollout(adapter.act, tasks, 3)
-        batch, _ = push_batch(adapter.actor.explored(episodes), settings, scale=1.0)
-        advantage = batch["advantage"] / batch["advantage"].square().mean(1, keepdim=True).sqrt()
-        phi = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
-        log_p = log_prob(phi, batch["features"], batch["action"])
-        (log_p * advantage).mean(1).sum().backward()
+        phi = with_policy_gradient(phi, adapter.actor.explored(episodes), settings)
         adapter.update(episodes)
         for name, value in phi.items():
             step = 0.0 if name == "log_std" else 0.2 * value.grad

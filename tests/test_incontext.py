@@ -7,7 +7,7 @@ import torch
 
 from baselines import incontext, recurrent
 from tests.conftest import FRAGILE, PUSH, finite_difference, make_problem, relative_error
-from tests.point_trials import PointGoal, point_problem
+from tests.point_task import CircleGoal, point_problem
 from tests.test_recurrent import POINT, numpy_gru, random_policy
 from tests.test_rl2 import learned, normal
 
@@ -36,7 +36,7 @@ def told(problem, settings=SMALL):
 def straight(problem, episodes, tasks=None):
     """The expert's actions on the states of rollouts, trial by trial, (B, T, act)."""
     tasks = told(problem) if tasks is None else tasks
-    return PointGoal().expert(episodes["observations"][:, :-1], tasks)
+    return CircleGoal().expert(episodes["observations"][:, :-1], tasks)
 
 
 # ---------------------------------------------------------------- who acts, which labels

@@ -18,14 +18,14 @@ from policy import action_std, detached, init_policy, log_prob, mean_action, per
 from tasks import task_set
 from test_gmps import named
 from tests.conftest import ARGUMENTS, refused, result_of, start, through_bytes
-from tests.point_task import PointEnvironments
+from tests.point_task import PointEnvironments, PointGoal
 from tests.test_checkpoints import EVALUATE, stopped, timeless
 from tests.test_meta_training import same
 
 # ---------------------------------------------------------------- the algorithm, step by step
 STEPS = maml.Settings(seed=1, hidden=8, bias_vector=2, training_tasks=5, meta_batch=3, episodes=4,
                       inner_steps=2, collections=3)
-POINTS = PointEnvironments()
+POINTS = PointEnvironments(PointGoal())
 
 
 def watched(settings=STEPS, state=None):

@@ -46,7 +46,9 @@ def same(one, other):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same, one, other))
-    return one is other or torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    if isinstance(one, (torch.Tensor, np.ndarray)):
+        return torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+    return one == other
 
 
 def bits(events):

@@ -23,6 +23,7 @@ from tests.conftest import (
     start,
     through_bytes,
 )
+from tests.test_meta_training import same
 
 CENTRE = np.array([0, 0.6, 0.1, 0, 0.65, 0.02])
 TASKS = task_set(PUSH, "train", 3)
@@ -107,9 +108,9 @@ def test_posterior_is_the_product_of_its_factors():
     shuffled = pearl.evidence(encoder, context[:, torch.randperm(9, generator=generator)])
     halves = [pearl.evidence(encoder, context[:, part]) for part in (slice(4), slice(4, 9))]
     mask = (torch.arange(9) < 4).double().expand(2, 9)
-    for some, same in ((shuffled, parts), ([a + b for a, b in zip(*halves)], parts),
+    for some, equal in ((shuffled, parts), ([a + b for a, b in zip(*halves)], parts),
                        (pearl.evidence(encoder, context, mask), halves[0])):
-        for one, other in zip(some, same, strict=True):
+        for one, other in zip(some, equal, strict=True):
             assert torch.allclose(one, other, rtol=1e-12)
     mean, variance = pearl.posterior(*pearl.evidence(encoder, context, 0 * mask))
     assert not mean.any() and (variance == 1).all(), "the prior"
@@ -318,15 +319,6 @@ def test_context_at_meta_test_comes_from_exploration_alone(context_next):
 
 
 # ---------------------------------------------------------------- training
-def same(one, other):
-    """Whether two states hold the same bits."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
-
-
 def test_training_resumes_with_the_same_bits_and_counts():
     """From a state of memory and from a file's, on episodes that end early. What follows changes
     no state. A finished run goes straight to meta-test.

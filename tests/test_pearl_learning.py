@@ -4,7 +4,7 @@ import pytest
 
 from baselines import pearl
 from evaluate import by_round, evaluate
-from tests.point_trials import PointEnvironments, point_problem
+from tests.point_task import CircleGoal, PointEnvironments, point_problem
 
 
 @pytest.mark.slow
@@ -13,7 +13,7 @@ def test_the_posterior_finds_the_hidden_goal_and_shuffled_rewards_undo_it():
     settings = pearl.Settings(collections=20, expert_width=64, expert_reward_scale=1.0,
                               expert_discount=0.9, kl_weight=0.01, meta_batch=10,
                               updates_per_step=0.3)
-    met, environments = [], PointEnvironments()
+    met, environments = [], PointEnvironments(CircleGoal())
     list(pearl.train(point_problem(20, met.append), settings))
     goals = environments.family.sample_tasks(np.random.default_rng(1), 20)
 

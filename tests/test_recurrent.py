@@ -20,12 +20,12 @@ from tests.conftest import (
     start,
     through_bytes,
 )
-from tests.point_trials import PointEnvironments, PointGoal, point_problem
+from tests.point_task import CircleGoal, PointEnvironments, point_problem
 from tests.test_meta_training import same
 
 SMALL = dict(hidden=6, memory=5, trials=2, trial_episodes=3, init_std=0.8, min_std=0.1,
              expert_reward_scale=0.5)
-POINT, FEW = PointGoal(), rl2.Settings(**SMALL)
+POINT, FEW = CircleGoal(), rl2.Settings(**SMALL)
 
 
 def random_policy(family, settings, seed=0):
@@ -196,7 +196,7 @@ def test_after_the_trial(choice):
 def test_being_measured_does_not_disturb_memory():
     """After two rounds of evaluate.py's protocol: as if nobody had measured in between."""
     problem, agent, lone = point_problem(3), make_agent(), make_agent()
-    out = evaluate(PointEnvironments(), agent, problem.tasks, 2, 1, seed=0)
+    out = evaluate(PointEnvironments(POINT), agent, problem.tasks, 2, 1, seed=0)
     assert [row["gradient_steps"] for row in out.lists["held_out"][::3]] == [0, 1, 2]
     assert out.env_steps == 3 * 10 * (3 + 3)
     lone.begin(3, random_streams(0, "evaluation", 0)[1])

@@ -10,7 +10,7 @@ import torch
 from baselines import recurrent, rl2
 from evaluate import by_round, evaluate, mean_of
 from tests.conftest import FRAGILE, PUSH, finite_difference, make_problem, relative_error
-from tests.point_trials import PointBatch, PointEnvironments, PointGoal, point_problem
+from tests.point_task import CircleGoal, PointBatch, PointEnvironments, point_problem
 from tests.test_recurrent import FEW, POINT, make_agent, numpy_gru, play
 
 SETTINGS = rl2.Settings(hidden=6, memory=5, trial_episodes=3, trials=2, noise_correlation=0.6,
@@ -230,7 +230,7 @@ def test_every_epoch_sees_every_trial_once(monkeypatch):
 # ---------------------------------------------------------------- what is learned
 LEARN = rl2.Settings(hidden=32, memory=32, trial_episodes=2, trials=10, iterations=150,
                      expert_reward_scale=1.0)
-GOALS = PointGoal().sample_tasks(np.random.default_rng(5), 40)  # none of them is trained on
+GOALS = CircleGoal().sample_tasks(np.random.default_rng(5), 40)  # none of them is trained on
 
 
 class Shuffled(recurrent.Adapter):
@@ -248,7 +248,7 @@ class Shuffled(recurrent.Adapter):
 
 def first_and_second(adapter):
     """Mean returns of mean actions in the first and in the second episode, on new goals."""
-    lists = evaluate(PointEnvironments(), adapter, GOALS, 1, 1, seed=0).lists
+    lists = evaluate(PointEnvironments(CircleGoal()), adapter, GOALS, 1, 1, seed=0).lists
     return [mean_of(entries, "return") for entries in by_round(lists["held_out"])]
 
 
@@ -258,7 +258,7 @@ def learned(method, settings, count=20):
     for _ in method.train(point_problem(count, tested.append), settings):
         pass
     policy = recurrent.saved(tested[0].network)
-    return first_and_second(tested[0]), first_and_second(Shuffled(policy, PointGoal(), settings))
+    return first_and_second(tested[0]), first_and_second(Shuffled(policy, CircleGoal(), settings))
 
 
 @pytest.mark.slow
@@ -275,7 +275,7 @@ class TrialEnv(gymnasium.Env):
     action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
 
     def __init__(self, goals):
-        self.batch, self.goals = PointBatch(1, PointGoal()), goals
+        self.batch, self.goals = PointBatch(1, CircleGoal()), goals
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -10,9 +10,8 @@ from baselines import scratch
 from checkpoints import UserError
 from evaluate import by_round, evaluate, mean_of
 from local_policies import Replay, expert_input
-from policy import log_prob
 from tasks import make_family
-from tests.conftest import PUSH, make_problem, push_batch
+from tests.conftest import PUSH, make_problem, with_policy_gradient
 from tests.point_task import PointEnvironments, PointGoal
 
 GOALS = np.array([[-0.05, 0.72], [0.02, 0.78], [0.08, 0.75]])
@@ -206,11 +205,7 @@ def test_policy_gradient_step_by_hand(optimiser, adapt_std, problem):
     for number in range(2 if optimiser == "plain" else 1):
         phi = weights(adapter)
         episodes = problem.rollout(adapter.act, GOALS, 3)
-        batch, _ = push_batch(adapter.learner.actor.explored(episodes), settings, scale=1.0)
-        advantage = batch["advantage"] / batch["advantage"].square().mean(1, keepdim=True).sqrt()
-        phi = {name: value.detach().clone().requires_grad_() for name, value in phi.items()}
-        log_p = log_prob(phi, batch["features"], batch["action"])
-        (log_p * advantage).mean(1).sum().backward()
+        phi = with_policy_gradient(phi, adapter.learner.actor.explored(episodes), settings)
         adapter.update(episodes)
         for name, value in phi.items():
             rate = 0.05 * (1 - 0.9 * number / 10)
@@ -240,7 +235,7 @@ def test_the_point_task_is_learned(learner, rounds, episodes):
         update = adapter.update
         adapter.update = lambda parts: update(parts | {
             "rewards": np.roll(parts["rewards"], shift * episodes, axis=0)})
-        out = evaluate(PointEnvironments(), adapter, goals, rounds, episodes, 0,
+        out = evaluate(PointEnvironments(PointGoal()), adapter, goals, rounds, episodes, 0,
                        explore_last=False)
         return [mean_of(entries, "return") for entries in by_round(out.lists["held_out"])]
     own, others = returns(0), returns(1)

@@ -6,8 +6,8 @@
 Every run is `run.py` on one thread with one setting changed. What leaves the experts alone takes
 those of the recipe's run with the same seed; their steps are counted all the same. Each policy then
 adapts to 40 validation goals, never to the held-out ones (but for --preset paper, which is read
-from results/). Kept: results/ablations/TASK/NAME/
-seedS.json. A command that was stopped goes on where it was. The picture is effects.png there.
+from results/). Kept: results/ablations/TASK/NAME/seedS.json. A command that was stopped goes on
+where it was. The picture is effects.png there.
 """
 import argparse
 import json
@@ -157,11 +157,13 @@ def effects(task: str, key: str, k: int) -> dict[str, np.ndarray]:
         lists = {file.parent.name: json.loads(file.read_text())["held_out"] for file in files}
         return {seed: mean_of(by_round(entries)[k], key) for seed, entries in lists.items()}
 
-    pairs = {name: (of(name), of("recipe")) for name in ABLATIONS[task] if name != "recipe"}
-    pairs[PAPER] = result_of("gmps-paper"), result_of("gmps")
-    both = {name: sorted(mine.keys() & recipe.keys()) for name, (mine, recipe) in pairs.items()}
-    return {name: np.array([pairs[name][0][seed] - pairs[name][1][seed] for seed in seeds])
-            for name, seeds in both.items() if seeds}
+    recipe, out = of("recipe"), {}
+    pairs = {name: (of(name), recipe) for name in ABLATIONS[task] if name != "recipe"}
+    for name, (mine, other) in (pairs | {PAPER: (result_of("gmps-paper"),
+                                                 result_of("gmps"))}).items():
+        if seeds := sorted(mine.keys() & other.keys()):
+            out[name] = np.array([mine[seed] - other[seed] for seed in seeds])
+    return out
 
 
 def show(task: str) -> str:

@@ -7,8 +7,6 @@ folders beside it: few/ (5 episodes a round), outside/ (the ant's goals outside 
 (scratch, many rounds). docs/comparisons.md has every command. A variant of a method has a folder of
 its own, named METHOD-VARIANT. The pictures go to results/figures/.
 """
-import json
-import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,6 +21,7 @@ from tasks import load
 from tools import ablations
 from tools.intervals import FEW, interval
 from tools.pictures import pyplot, save_figure
+from tools.tables import by_seed, training_steps
 
 # Method: name, colour (Okabe and Ito's palette, told apart by the colour-blind), marker.
 STYLES = {
@@ -46,11 +45,7 @@ LOOK = {"font.size": 13, "lines.linewidth": 2.2, "lines.markersize": 7, "axes.gr
 # ---------------------------------------------------------------- reading
 def seeds_of(results: Path, task: str, method: str, part: str = "") -> list[dict]:
     """result.json of every seed, in order; of an evaluation beside it if `part` names one."""
-    files = (results / task / method).glob(f"seed*/{part}/result.json" if part
-                                           else "seed*/result.json")
-    number = {file: int(re.search(r"seed(\d+)", str(file.relative_to(results)))[1])
-              for file in files}
-    return [json.loads(file.read_text()) for file in sorted(number, key=number.get)]
+    return by_seed(results, str(Path(task, method, "seed*", part, "result.json")))
 
 
 def found(results: Path, task: str, part: str = "", leave=()) -> dict[str, list[dict]]:
@@ -93,11 +88,6 @@ def with_curve(runs: dict) -> dict:
     """Without those whose curve has no point."""
     return {method: seeds for method, seeds in runs.items()
             if against_steps(seeds, "return")[1].size}
-
-
-def training_steps(seeds: list[dict]) -> float:
-    return np.mean([seed["env_steps"]["experts"] + seed["env_steps"]["meta_training"]
-                    for seed in seeds])
 
 
 def counted_point(values: np.ndarray) -> int:

@@ -28,11 +28,17 @@ PAGES = ("README.md", "docs/results.md", "docs/deviations.md")
 
 def results(folder: Path, pattern: str) -> list[dict]:
     """The result.json files of results/PATTERN, in the order of their seeds."""
-    files = sorted((folder / "results").glob(f"{pattern}/result.json"),
-                   key=lambda file: int(re.sub(r"\D", "", file.parent.name) or 0))
-    if not files:
+    found = by_seed(folder / "results", f"{pattern}/result.json")
+    if not found:
         raise UserError(f"no results/{pattern}/result.json: copy them from finished runs")
-    return [json.loads(file.read_text()) for file in files]
+    return found
+
+
+def by_seed(folder: Path, pattern: str) -> list[dict]:
+    """The contents of files that match, in the order of the seeds in their paths."""
+    def seed(file):
+        return int((re.findall(r"seed(\d+)", str(file.relative_to(folder))) or [0])[-1])
+    return [json.loads(file.read_text()) for file in sorted(folder.glob(pattern), key=seed)]
 
 
 def seed_means(results: list[dict], name: str, key: str, number: int | None = None) -> np.ndarray:
