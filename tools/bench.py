@@ -1,6 +1,7 @@
 """Speed, as ratios measured in one run.
 
     python tools/bench.py [env] [learner] [meta]    # default: all three
+    python tools/bench.py device                    # GPU against CPU, on two threads
 
 Every figure is the median of several passes. What is compared takes turns, so that a machine whose
 speed drifts does not favour either side.
@@ -93,7 +94,7 @@ def bench_family(env: BatchEnv, steps: int) -> None:
 
 
 # ---------------------------------------------------------------- soft actor-critic
-def learner_and_batches(learners: int, width: int, batch_size: int):
+def learner_and_batches(learners: int, width: int, batch_size: int, device="cpu"):
     """A learner, and a function that samples its batches."""
     settings = Settings(experts="local" if learners > 1 else "contextual", expert_width=width,
                         expert_batch=batch_size)
@@ -104,8 +105,9 @@ def learner_and_batches(learners: int, width: int, batch_size: int):
     replay.add(rollout(env, lambda *_: rng.uniform(-1, 1, (len(tasks), 3)), tasks),
                np.arange(len(tasks)))
     env.close()
-    learner = SoftActorCritic(learners, 6 + 2 * (learners == 1), 3, settings)
-    return learner, lambda: replay.sample(rng, learners, settings)
+    learner = SoftActorCritic(learners, 6 + 2 * (learners == 1), 3, settings, device)
+    return learner, lambda: {name: value.to(device) for name, value in replay.sample(
+        rng, learners, settings).items()}
 
 
 def bench_learner(width: int = 128, batch_size: int = 128, updates: int = 40) -> None:
@@ -135,41 +137,75 @@ def bench_learner(width: int = 128, batch_size: int = 128, updates: int = 40) ->
 
 
 # ---------------------------------------------------------------- the meta-step
-def bench_meta() -> None:
-    """One meta-step: all tasks as one batched product, against a loop over the tasks."""
-    settings, family = Settings(), make_family("push")
+def meta_stepper(settings: Settings, device="cpu"):
+    """A function that takes a meta-step of push on some rows of a batch of random numbers."""
+    family = make_family("push")
     n, B = settings.meta_batch, settings.episodes * family.horizon
     generator = torch.Generator().manual_seed(0)
-    theta = policy.init_policy(family, settings, generator)
+    theta = {name: value.to(device)
+             for name, value in policy.init_policy(family, settings, generator).items()}
     alpha = gmps.init_step_sizes(theta, settings)
     for params in (theta, alpha):
         for value in params.values():
             value.requires_grad_()
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(device)
     batch = {"features": normal(n, B, 6), "action": normal(n, B, 3), "advantage": normal(n, B),
-             "mask": torch.ones(n, B), "behaviour_log_prob": -3 + 0.1 * normal(n, B)}
+             "mask": torch.ones(n, B, device=device), "behaviour_log_prob": -3 + 0.1 * normal(n, B)}
     labels = normal(n, settings.imitation_batch, 6), normal(n, settings.imitation_batch, 3)
 
-    def meta_step(rows):
+    def meta_step(rows=slice(None)):
         phi = gmps.adapt(theta, alpha, {name: value[rows] for name, value in batch.items()},
                          settings)
         adapted = tuple(value[rows] for value in labels)
         gmps.outer_loss(theta, phi, {"adapted": adapted}, settings)[0].backward()
+    return meta_step
 
-    batched, loop = seconds(lambda: meta_step(slice(None)),
-                            lambda: [meta_step(slice(i, i + 1)) for i in range(n)])
-    print(f"meta-step, {n} tasks, {B} samples: batched {1e3 * batched:.0f} ms, loop over tasks "
-          f"{1e3 * loop:.0f} ms; ratio {loop / batched:.2f}")
+
+def bench_meta() -> None:
+    """One meta-step: all tasks as one batched product, against a loop over the tasks."""
+    settings = Settings()
+    meta_step, n = meta_stepper(settings), settings.meta_batch
+    batched, loop = seconds(meta_step, lambda: [meta_step(slice(i, i + 1)) for i in range(n)])
+    print(f"meta-step, {n} tasks, {settings.episodes} episodes each: batched "
+          f"{1e3 * batched:.0f} ms, loop over tasks {1e3 * loop:.0f} ms; "
+          f"ratio {loop / batched:.2f}")
+
+
+# ---------------------------------------------------------------- a GPU
+def bench_device(updates: int = 20) -> None:
+    """A meta-step and an update of the experts on the GPU, against two threads of the CPU."""
+    torch.set_num_threads(2)
+
+    def repeated(function, device):
+        def repeat():
+            for _ in range(updates):
+                function()
+            if device == "cuda":
+                torch.cuda.synchronize()  # a GPU works on while Python goes on
+        return repeat
+
+    def update(device):
+        settings, generator = Settings(), torch.Generator()
+        learner, sample = learner_and_batches(1, settings.expert_width, settings.expert_batch,
+                                              device)
+        return lambda: learner.update(sample(), generator)
+    for name, make in (("meta-step", lambda device: meta_stepper(Settings(), device)),
+                       ("update of the experts", update)):
+        cpu, gpu = seconds(*(repeated(make(device), device) for device in ("cpu", "cuda")))
+        print(f"{name}: CPU {1e3 * cpu / updates:.1f} ms, {torch.cuda.get_device_name()} "
+              f"{1e3 * gpu / updates:.1f} ms; ratio {cpu / gpu:.2f}")
 
 
 if __name__ == "__main__":
-    benches = {"env": bench_env, "learner": bench_learner, "meta": bench_meta}
+    benches = {"env": bench_env, "learner": bench_learner, "meta": bench_meta,
+               "device": bench_device}
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", help=f"of {', '.join(benches)}; default: all")
-    chosen = parser.parse_args().which or list(benches)
+    parser.add_argument("which", nargs="*", help=f"of {', '.join(benches)}; default: all but the "
+                        "last")
+    chosen = parser.parse_args().which or [name for name in benches if name != "device"]
     if not set(chosen) <= set(benches):
         parser.error(f"choose of {', '.join(benches)}")
     for name in chosen:
