@@ -40,7 +40,7 @@ class Settings:
     experts: str = one_of("contextual", ("contextual", "local", "scripted", "demonstrations"),
                           "which experts are imitated")
     reward: str = any_word("dense", "which of the task family's rewards")
-    training_tasks: int = within(20, 2, 1000, "*number of training tasks [release: 20, ant 40]")
+    training_tasks: int = within(40, 2, 1000, "*number of training tasks [release: 20, ant 40]")
     held_out_tasks: int = within(20, 1, 1000, "number of tasks for the final evaluation")
     test_episodes: int = within(20, 2, 10_000,
                                 "*episodes per task and round at meta-test [release: 40, ant 50]")
@@ -72,7 +72,7 @@ class Settings:
     demonstration_noise: float = within(
         0.3, 0.0, 5.0, "std of action noise, not in a task's first episode; none on labels [ours]")
     demonstration_detours: int = within(
-        0, 0, 1000, "of these, episodes that head for another task; labels for their own [ours]")
+        1, 0, 1000, "of these, episodes that head for another task; labels for their own [ours]")
 
     # ---- Policy and rollouts (policy.py)
     observations: str = one_of("normalised", ("normalised", "raw"),
@@ -110,7 +110,7 @@ class Settings:
     meta_steps: int = within(1000, 1, 10_000, "*Adam steps on one collection [release: 300 to 500]")
     meta_batch: int = within(5, 1, 1000, "tasks per meta-step [release: all]")
     aggregation_episodes: int = within(
-        2, 0, 1000, "per task and collection, step 3c; 0: none [release: none]")
+        1, 0, 1000, "per task and collection, step 3c; 0: none [release: none]")
     imitated_action: str = one_of("executed", ("executed", "mean"),
                                   "what imitates the expert: the clipped mean; the mean [release]")
     learning_rate: float = within(5e-3, 1e-7, 1.0, "*of theta [release: 1e-3]")

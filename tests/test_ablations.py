@@ -45,7 +45,8 @@ def test_experts_are_lent_to_runs_that_leave_them_alone(tmp_path, monkeypatch):
     lender.parent.mkdir(parents=True)
     content = {"policy": [], "env_steps": {"experts": 30_000}}
     save_checkpoint(lender, "experts", settings_of("push", "recipe", lender.parent), content)
-    for name, lent in (("w unbounded", True), ("experts: tau 0.005", False)):
+    for name, lent in (("w unbounded", True), ("experts: tau 0.005", False),
+                       ("20 training goals", False)):
         ablations.lend_experts("push", name, 0)
         path = ablations.place("push", name, 0) / "experts.pt"
         assert path.exists() == lent

@@ -31,7 +31,8 @@ from tools.pictures import draw_film
 
 VISION = make_family("push-vision")
 SMALL = dataclasses.replace(TINY, task="push-vision", demonstration_episodes=2, imitation_steps=2,
-                            imitation_batch=5, collections=2, meta_steps=2)
+                            imitation_batch=5, collections=2, meta_steps=2,
+                            aggregation_episodes=2)
 TASKS = task_set(VISION, "train", 2)
 
 

@@ -41,17 +41,19 @@ ABLATIONS = {
         "plain baseline": {"baseline": "squares"},
         "advantages per task": {"advantage_scale": "per task"},
         "w unbounded": {"max_weight": 1e30},
+        "20 training goals": {"training_tasks": 20, "aggregation_episodes": 2},
         "random start": {"imitation_steps": 0},
         "mean action imitated": {"imitated_action": "mean"},
         "no pre-update loss": {"pre_update_imitation": 0.0},
         "learning rate 1e-3": {"learning_rate": 1e-3},
         "constant rates": {"final_rate": 1.0},
         "no clipping": {"clip_norm": 1e6},
-        "all tasks per meta-step": {"meta_batch": 20, "meta_steps": 250},
+        "20 tasks per meta-step": {"meta_batch": 20, "meta_steps": 250},
         "300 meta-steps": {"meta_steps": 300},
         "std from 1": {"init_std": 1.0},
         "no aggregation": {"aggregation_episodes": 0},
         "clean demonstrations": {"demonstration_noise": 0.0},
+        "no detours": {"demonstration_detours": 0},
         "raw observations": {"observations": "raw"},
         "experts: no relabelling": {"expert_relabelled": 0.0},
         "experts: discount 0.99": {"expert_discount": 0.99},
@@ -100,7 +102,7 @@ def lend_experts(task: str, name: str, seed: int) -> None:
     changes, out = ABLATIONS[task][name], place(task, name, seed)
     lender = place(task, "recipe", seed) / "experts.pt"
     if name == "recipe" or (out / "experts.pt").exists() or not lender.exists() or any(
-            key.startswith("expert_") for key in changes):
+            key.startswith(("expert_", "training_tasks")) for key in changes):
         return
     settings = run.choose_settings(run.parse(command(task, seed, changes, out)), task, seed)
     content = load_checkpoint(lender, "experts")
