@@ -101,8 +101,8 @@ def policy_gradient_batch(episodes: dict, products: list[int], settings: Setting
 
     `episodes`: tensors (n, K, T, ...) of `policy.Actor.explored`; `products`: see
     `linear_baseline`. The batch is a dict of (n, B, ...), B = K * T: "features", "action",
-    "behaviour_log_prob" and "mask" as they are, and "advantage". With settings.inner_every = m it
-    holds every m-th step only: with correlated noise, neighbouring steps are nearly alike.
+    "behaviour_log_prob" and "mask" as they are, and "advantage". With settings.noise_hold = m it
+    holds every m-th step only, those at which noise is drawn.
 
     One constant divides the advantages of all tasks: `scale` or, if that is None, this batch's root
     mean square. The release divides by each task's own deviation. Near the goal rewards hardly
@@ -121,5 +121,5 @@ def policy_gradient_batch(episodes: dict, products: list[int], settings: Setting
         scale = size if size >= 1e-8 else None
     batch = {name: episodes[name] for name in ("features", "action", "behaviour_log_prob", "mask")}
     batch["advantage"] = advantage / (scale or 1.0)
-    return {name: value[:, :, ::settings.inner_every].flatten(1, 2)
+    return {name: value[:, :, ::settings.noise_hold].flatten(1, 2)
             for name, value in batch.items()}, scale

@@ -104,9 +104,7 @@ def log_prob(phi: Params, x: torch.Tensor, action: torch.Tensor) -> torch.Tensor
 class CorrelatedNoise:
     """Endless standard normal noise: each `next` is correlated with the one before [ours].
 
-    The ant is controlled at 100 Hz, and its legs filter white noise out. Each step's noise is
-    standard normal by itself. Given the state it is not, since earlier noise shaped the state. The
-    inner loss uses the density of each step by itself: with correlated noise, an approximation.
+    It is for experts and for rivals: at the ant's 100 Hz the legs filter white noise out.
     """
 
     def __init__(self, shape: tuple[int, ...], correlation: float, generator: torch.Generator):
@@ -119,6 +117,44 @@ class CorrelatedNoise:
             fresh = kept * self.noise + math.sqrt(1 - kept ** 2) * fresh
         self.noise = fresh
         return fresh
+
+
+class ExplorationNoise:
+    """Endless standard normal noise (n, K, act) for K episodes of each of n tasks.
+
+    It is held for `hold` steps: at the ant's 100 Hz the legs filter white noise out.
+
+    [ours] "orthogonal": over the K episodes each number of the noise sums to zero and has square
+    K, and the products of different ones sum to zero: of other action dimensions, and of as many
+    neighbouring draws as K allows. So a policy gradient does not mistake chance correlation for an
+    effect. Each episode by itself still looks normal. Compare Choromanski et al. 2018, "Structured
+    Evolution with Compact Architectures for Scalable Policy Optimization".
+    """
+
+    def __init__(self, shape: tuple[int, int, int], settings: Settings, generator: torch.Generator):
+        self.shape, self.hold, self.generator = shape, settings.noise_hold, generator
+        _, K, act = shape
+        self.together = max(1, (K - 1) // act)  # draws that are orthogonal to each other
+        self.orthogonal = settings.noise == "orthogonal" and act < K
+        self.drawn, self.step = [], 0
+
+    def __next__(self) -> torch.Tensor:
+        if self.step % self.hold == 0:
+            if not self.drawn:
+                self.drawn = self.draw()
+            self.noise = self.drawn.pop(0)
+        self.step += 1
+        return self.noise
+
+    def draw(self) -> list[torch.Tensor]:
+        """The next `together` draws."""
+        n, K, act = self.shape
+        noise = torch.randn(n, K, self.together * act, generator=self.generator)
+        if self.orthogonal:
+            q, r = torch.linalg.qr(noise - noise.mean(1, keepdim=True))
+            # r's signs make the columns' directions uniform.
+            noise = math.sqrt(K) * q * r.diagonal(dim1=1, dim2=2).sign()[:, None]
+        return list(noise.split(act, dim=2))
 
 
 class Actor:
@@ -142,8 +178,7 @@ class Actor:
             return mean.flatten(0, 1).cpu().numpy()
         self.seen.append(x.cpu())
         if self.noise is None:
-            self.noise = CorrelatedNoise(tuple(mean.shape), self.settings.noise_correlation,
-                                         self.generator)
+            self.noise = ExplorationNoise(tuple(mean.shape), self.settings, self.generator)
         # Not clipped here: the environment clips, and log pi must be that of the sample itself.
         action = mean + action_std(self.phi) * next(self.noise).to(mean)
         return action.flatten(0, 1).cpu().numpy()

@@ -80,8 +80,10 @@ class Settings:
     hidden: int = within(100, 1, 4096, "*units in each of two hidden layers [release]")
     bias_vector: int = within(4, 1, 1000, "size of the learned input z [release]")
     init_std: float = within(0.5, 1e-3, 10.0, "exploration noise at the start [release: 1]")
-    noise_correlation: float = within(
-        0.0, 0.0, 0.999, "correlation of exploration noise with the step before [ours]")
+    noise: str = one_of("orthogonal", ("orthogonal", "independent"),
+                        "exploration noise over a task's episodes; independent [release]")
+    noise_hold: int = within(1, 1, 1000, "m: exploration noise is held for m time steps, and the "
+                                         "inner loss uses every m-th one [ours; release: 1]")
     episodes: int = within(10, 2, 10_000, "*K, episodes per task for the inner step [release: 20]")
     shared_episodes: int = within(
         60, 0, 10_000, "*of the pre-update policy per collection, for all tasks; 0: K each [ours]")
@@ -100,7 +102,6 @@ class Settings:
     advantage_scale: str = one_of("common", ("common", "per task"),
                                   "divide advantages by one scale, or each task's [release]")
     max_weight: float = within(2.0, 1.0, 1e30, "upper bound of the importance weight w [ours]")
-    inner_every: int = within(1, 1, 1000, "m: the inner loss uses every m-th time step [ours]")
 
     # ---- Meta-training (gmps.py)
     imitation_steps: int = within(
@@ -145,10 +146,11 @@ class Settings:
 # `paper_settings` come on top. Soft actor-critic stays as it is, since the release has none.
 PAPER = dict(
     training_tasks=20, test_episodes=40, demonstration_noise=0.0, demonstration_detours=0,
-    observations="raw", init_std=1.0, noise_correlation=0.0, episodes=20,
+    observations="raw", init_std=1.0, noise="independent", noise_hold=1,
+    episodes=20,
     shared_episodes=0, init_step_size=0.5, later_steps=1.0, adapt_std="yes",
     discount=0.99, gae_lambda=1.0, baseline="squares", advantage_scale="per task", max_weight=1e30,
-    inner_every=1, imitation_steps=0, collections=20, meta_steps=300, meta_batch=1000,
+    imitation_steps=0, collections=20, meta_steps=300, meta_batch=1000,
     imitated_action="mean", learning_rate=1e-3, step_size_learning_rate=1e-3, final_rate=1.0,
     clip_norm=1e6, pre_update_imitation=0.0, pre_update_tasks=0)
 

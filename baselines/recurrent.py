@@ -122,7 +122,7 @@ class Adapter:
         if last is None:
             self.seen = []
             self.noise = CorrelatedNoise((len(observation), self.family.action_size),
-                                         self.settings.noise_correlation, self.generator)
+                                         self.settings.expert_noise_correlation, self.generator)
         else:
             self.memory = self.memory | {"reward": self._column(last["reward"]),
                                          "ended": torch.zeros_like(self.memory["ended"])}

@@ -66,7 +66,7 @@ class Adapter(oracle.Adapter):
                                           replacement=True, generator=self.generator).numpy()
                 self.aims = np.take_along_axis(self.goals, drawn[..., None], axis=1).reshape(B, -1)
             self.noise = CorrelatedNoise((B, self.family.action_size),
-                                         self.settings.noise_correlation, self.generator)
+                                         self.settings.expert_noise_correlation, self.generator)
         return (self.told(observation, self.aims)
                 + self.settings.explore_noise * next(self.noise).numpy())
 

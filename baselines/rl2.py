@@ -125,7 +125,7 @@ def trial_advantages(value: torch.Tensor, reward: torch.Tensor, mask: torch.Tens
 # ---------------------------------------------------------------- log-probabilities
 def noise_kept(start: torch.Tensor, settings: Settings) -> torch.Tensor:
     """(B, L, 1): share of the exploration noise that is the step before's. None at a start."""
-    return (settings.noise_correlation * (1 - start))[..., None]
+    return (settings.expert_noise_correlation * (1 - start))[..., None]
 
 
 def log_prob(mean: torch.Tensor, log_std: torch.Tensor, batch: dict,

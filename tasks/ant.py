@@ -108,13 +108,12 @@ class AntGoal(MujocoFamily):
 
     # ---- settings, tables, films
     settings = dict(
-        expert_iterations=200, expert_updates=300, expert_batch=256, expert_learning_rate=2e-3,
-        expert_discount=0.99, expert_return_steps=10, expert_reward_scale=1.0,
-        expert_noise_correlation=0.9, noise_correlation=0.9, discount=0.99, gae_lambda=0.95,
-        demonstration_detours=0, episodes=50, shared_episodes=150, inner_every=8, meta_steps=400,
+        expert_iterations=200, expert_updates=300, expert_discount=0.99, expert_return_steps=10,
+        expert_noise_correlation=0.9, noise_hold=8, discount=0.99, gae_lambda=0.95,
+        demonstration_detours=0, episodes=50, shared_episodes=150, meta_steps=400,
         imitation_batch=800, pre_update_imitation=1.0, test_episodes=50)
     local_settings = dict(training_tasks=20, expert_iterations=100, expert_episodes=20,
-                          expert_batch=128, expert_updates=400)
+                          expert_updates=400)
     paper_settings = dict(training_tasks=40, episodes=50, test_episodes=50)
     table = ("final distance (m)", 1.0, 3)
     published = {"experts_training": "539, 0.31 m (10 goals, authors' simulator)",

@@ -16,7 +16,7 @@ from tests.conftest import PUSH, TINY, explore, make_problem, push_batch, refere
 
 PRODUCTS = PUSH.baseline_products
 PROBLEM = make_problem(task_set(PUSH, "train", 2))
-NOISY = dataclasses.replace(TINY, noise_correlation=0.7)
+NOISY = dataclasses.replace(TINY, noise="independent")
 
 
 def normal(observation):
@@ -53,12 +53,37 @@ def test_exploration_noise_is_standard_normal_and_lasts():
     assert (rows @ rows.T / 40_000 - expected).abs().max() < 6 * math.sqrt(2 / 40_000)
 
 
+@pytest.mark.parametrize("kind", ["orthogonal", "independent"])
+def test_exploration_noise_is_held_and_orthogonal_over_episodes(kind):
+    """(K - 1) // act draws of 2 dimensions are orthonormal over K = 8 episodes, and sum to zero."""
+    settings = dataclasses.replace(TINY, noise=kind, noise_hold=2)
+    noise = policy.ExplorationNoise((20_000, 8, 2), settings, torch.Generator().manual_seed(0))
+    steps = torch.stack([next(noise) for _ in range(16)]).double()  # (16, n, K, act)
+    assert torch.equal(steps[::2], steps[1::2]) and not torch.equal(steps[0], steps[2])
+    draws = steps[::2].permute(1, 2, 0, 3)                          # (n, K, 8 draws, act)
+    first, later = draws[:, :, :3].flatten(2), draws[:, :, 3:6].flatten(2)
+    for block in (first, later):
+        gram, identity = block.mT @ block / 8, torch.eye(6, dtype=torch.float64)
+        exact = (gram - identity).abs().max() < 1e-5 and block.sum(1).abs().max() < 1e-2
+        assert exact == (kind == "orthogonal")
+    # Over many tasks: mean 0, variance 1, no correlation between blocks, symmetric in sign.
+    error = 6 * math.sqrt(2 / 20_000)
+    assert draws.mean(0).abs().max() < error and (draws.square().mean(0) - 1).abs().max() < error
+    assert (first.mT @ later / 8).mean(0).abs().max() < error
+    assert (draws > 0).double().mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_few_episodes_have_independent_noise():
+    noise = policy.ExplorationNoise((5000, 3, 3), TINY, torch.Generator().manual_seed(0))
+    assert next(noise).sum(1).square().mean() == pytest.approx(3, rel=0.1)
+
+
 # ---------------------------------------------------------------- what policies do, and the batch
 def test_actions_are_the_policys_mean_and_noise_of_its_own(collected):
     """Each task's own network and std, unclipped; else mean actions."""
     phi, episodes, *_ = collected
     single = [{name: value[i].double().numpy() for name, value in phi.items()} for i in (0, 1)]
-    noise = policy.CorrelatedNoise((2, 3, 3), 0.7, torch.Generator().manual_seed(1))
+    noise = policy.ExplorationNoise((2, 3, 3), NOISY, torch.Generator().manual_seed(1))
     std = np.array([[[0.6, 0.1, 0.9]], [[0.5, 0.4, 0.2]]])
     actor, quiet = (policy.Actor(phi, PUSH, NOISY, g) for g in (torch.Generator(), None))
     for t in range(50):
@@ -77,7 +102,7 @@ def test_actions_are_the_policys_mean_and_noise_of_its_own(collected):
 def test_batch_of_the_inner_step(collected):
     """Scaled observations, unclipped actions, their densities, and advantages over one scale.
 
-    With inner_every 3: rows 0, 3, 6 .. of every episode, their advantages from whole episodes.
+    With noise_hold 3: rows 0, 3, 6 .. of every episode, their advantages from whole episodes.
     """
     phi, episodes, explored, batch, scale = collected
     x = normal(episodes["observations"][:, :-1]).reshape(2, 150, 6)
@@ -94,7 +119,7 @@ def test_batch_of_the_inner_step(collected):
         torch.ones(2, 3, 50), PRODUCTS, NOISY).view(2, 150)
     assert scale == pytest.approx(given.square().mean().sqrt().item(), rel=1e-3)
     assert torch.allclose(batch["advantage"].double(), given / scale, rtol=1e-3, atol=1e-3)
-    thin = dataclasses.replace(NOISY, inner_every=3)
+    thin = dataclasses.replace(NOISY, noise_hold=3)
     other, same = push_batch(explored, thin, 7.0)
     other["advantage"] *= 7 / scale
     for name, value in other.items():

@@ -32,7 +32,7 @@ def test_preset_sets_what_it_lists_and_names_the_folder():
     assert phases.method_label(paper, PUSH) == "gmps-paper"
     ant = chosen("--task", "ant", "--preset", "paper")
     assert (ant.training_tasks, ant.episodes, ant.test_episodes) == (40, 50, 50)
-    assert ant.noise_correlation == 0 and ant.expert_noise_correlation == 0.9
+    assert ant.noise_hold == 1 and ant.expert_noise_correlation == 0.9
 
 
 def test_preset_gives_way_to_set_and_goes_with_training_alone(capsys):

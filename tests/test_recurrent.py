@@ -158,7 +158,7 @@ def test_the_action_recorded_is_the_one_sent_and_the_one_remembered_is_the_one_e
 
 def test_noise_is_that_of_the_policy_and_mean_actions_have_none():
     """(action - mean) / std is standard normal, correlated as the settings say, new per episode."""
-    settings = dataclasses.replace(FEW, trials=300, noise_correlation=0.7)
+    settings = dataclasses.replace(FEW, trials=300, expert_noise_correlation=0.7)
     agent = make_agent(settings=settings)
     agent.network.log_std.data = torch.tensor([-1.0, 0.5])
     played = play(agent, point_problem(3), settings)

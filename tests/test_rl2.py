@@ -13,10 +13,10 @@ from tests.conftest import FRAGILE, PUSH, finite_difference, make_problem, relat
 from tests.point_task import CircleGoal, PointBatch, PointEnvironments, point_problem
 from tests.test_recurrent import FEW, POINT, make_agent, numpy_gru, play
 
-SETTINGS = rl2.Settings(hidden=6, memory=5, trial_episodes=3, trials=2, noise_correlation=0.6,
-                        trial_discount=0.9, trial_lambda=0.8, expert_reward_scale=0.5,
-                        entropy_weight=0.3, clip=0.25)
-WHITE = rl2.Settings(noise_correlation=0.0)
+SETTINGS = rl2.Settings(hidden=6, memory=5, trial_episodes=3, trials=2,
+                        expert_noise_correlation=0.6, trial_discount=0.9, trial_lambda=0.8,
+                        expert_reward_scale=0.5, entropy_weight=0.3, clip=0.25)
+WHITE = rl2.Settings(expert_noise_correlation=0.0)
 
 
 def normal(*shape, seed=0):
@@ -72,7 +72,7 @@ def test_log_prob_with_correlated_noise_is_exact():
 
 def test_old_log_probabilities_are_those_of_the_actions_as_sampled():
     """The joint density of every episode's noise, with early ends; no ratio differs from 1 yet."""
-    settings = dataclasses.replace(FEW, minibatches=3, noise_correlation=0.6)
+    settings = dataclasses.replace(FEW, minibatches=3, expert_noise_correlation=0.6)
     agent = make_agent(FRAGILE, settings)
     played = play(agent, make_problem(PUSH.training_tasks(3), family=FRAGILE), settings)
     trials = recurrent.joined([steps for steps, _ in played])

@@ -32,6 +32,7 @@ PAPER = "all of them: --preset paper"
 ABLATIONS = {
     "push": {
         "recipe": {},
+        "independent noise": {"noise": "independent"},
         "own episodes": {"shared_episodes": 0},
         "alpha from 0.5": {"init_step_size": 0.5},
         "slow alpha": {"step_size_learning_rate": 1e-3},
@@ -63,10 +64,10 @@ ABLATIONS = {
     },
     "ant": {
         "recipe": {},
-        "white noise": {"noise_correlation": 0.0},
+        "independent noise": {"noise": "independent"},
+        "noise of one step": {"noise_hold": 1},
         "experts: white noise": {"expert_noise_correlation": 0.0},
         "experts: one-step targets": {"expert_return_steps": 1},
-        "all time steps": {"inner_every": 1},
         "weak pre-update loss": {"pre_update_imitation": 0.3},
     },
     "door": {
