@@ -72,8 +72,8 @@ class SawyerDoor(SawyerFamily):
     # grow with the target angle, hence each task's own advantage scale. Labels come from the
     # demonstrations alone, half of which head for another angle.
     settings = dict(
-        experts="scripted", demonstration_episodes=6, demonstration_detours=3,
-        pre_update_tasks=24, pre_update_imitation=1.0, advantage_scale="per task",
+        experts="scripted", training_tasks=20, demonstration_episodes=12, demonstration_detours=6,
+        pre_update_tasks=12, pre_update_imitation=1.0, advantage_scale="per task",
         aggregation_episodes=0, shared_episodes=100, collections=6, meta_steps=400,
         meta_batch=10, later_steps=0.05)
     table = ("angle error (degrees)", np.degrees(1.0), 1)
