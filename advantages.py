@@ -11,6 +11,12 @@ import torch
 from settings import Settings
 
 
+def return_and_distance(episodes: dict, prefix: str = "") -> dict[str, float]:
+    """"return" and final "distance", each with the prefix: means over what `envs.rollout` gave."""
+    return {f"{prefix}return": float(episodes["rewards"].sum(1).mean()),
+            f"{prefix}distance": float(episodes["distances"][:, -1].mean())}
+
+
 # ---------------------------------------------------------------- which episodes
 def for_all_tasks(explored: dict, episodes: dict, family, tasks: np.ndarray) -> dict:
     """Explored episodes (1, P, T, ...) with the rewards (n, P, T) of all tasks (n, task).

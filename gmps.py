@@ -14,7 +14,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from advantages import baseline_products, draw_episodes, for_all_tasks, policy_gradient_batch
+from advantages import (
+    baseline_products,
+    draw_episodes,
+    for_all_tasks,
+    policy_gradient_batch,
+    return_and_distance,
+)
 from policy import (
     Actor,
     Params,
@@ -246,8 +252,7 @@ class MetaLearner:
         self.env_steps += int(episodes["mask"].sum())
         self.row["divergences"] += int(episodes["diverged"].sum())
         if name is not None:
-            self.row[f"{name}return"] = float(episodes["rewards"].sum(1).mean())
-            self.row[f"{name}distance"] = float(episodes["distances"][:, -1].mean())
+            self.row |= return_and_distance(episodes, name)
 
     def sample(self, collected: dict, demonstrations) -> tuple[dict, dict]:
         """A meta-batch of random tasks: their inner batch, and labels for the outer loss."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from advantages import return_and_distance
 from envs import rollout
 from policy import CorrelatedNoise, Params, features, normalised
 from sac import SoftActorCritic, squashed_mean
@@ -194,8 +195,7 @@ def train_experts(env, tasks: np.ndarray, settings: Settings, state: dict | None
         learner.set_learning_rate(iteration / settings.expert_iterations)
         info = learner.learn(replay, rng, generator)
         metrics = {"iteration": iteration + 1, "env_steps": env_steps,
-                   "return": float(episodes["rewards"].sum(1).mean()),
-                   "distance": float(episodes["distances"][:, -1].mean()),
+                   **return_and_distance(episodes),
                    "divergences": int(episodes["diverged"].sum()),
                    **{name: float(value) for name, value in info.items()}}
         if not math.isfinite(metrics["critic_loss"] + metrics["policy_loss"]):

@@ -10,6 +10,7 @@ and never have a task axis. Letters in shapes: n tasks, K episodes per task, T s
 task, F features.
 """
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -119,10 +120,11 @@ class CorrelatedNoise:
         return fresh
 
 
-class ExplorationNoise:
+def exploration_noise(shape: tuple[int, int, int], settings: Settings,
+                      generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Endless standard normal noise (n, K, act) for K episodes of each of n tasks.
 
-    It is held for `hold` steps: at the ant's 100 Hz the legs filter white noise out.
+    It is held for `noise_hold` steps: at the ant's 100 Hz the legs filter white noise out.
 
     [ours] "orthogonal": over the K episodes each number of the noise sums to zero and has square
     K, and the products of different ones sum to zero: of other action dimensions, and of as many
@@ -130,31 +132,17 @@ class ExplorationNoise:
     effect. Each episode by itself still looks normal. Compare Choromanski et al. 2018, "Structured
     Evolution with Compact Architectures for Scalable Policy Optimization".
     """
-
-    def __init__(self, shape: tuple[int, int, int], settings: Settings, generator: torch.Generator):
-        self.shape, self.hold, self.generator = shape, settings.noise_hold, generator
-        _, K, act = shape
-        self.together = max(1, (K - 1) // act)  # draws that are orthogonal to each other
-        self.orthogonal = settings.noise == "orthogonal" and act < K
-        self.drawn, self.step = [], 0
-
-    def __next__(self) -> torch.Tensor:
-        if self.step % self.hold == 0:
-            if not self.drawn:
-                self.drawn = self.draw()
-            self.noise = self.drawn.pop(0)
-        self.step += 1
-        return self.noise
-
-    def draw(self) -> list[torch.Tensor]:
-        """The next `together` draws."""
-        n, K, act = self.shape
-        noise = torch.randn(n, K, self.together * act, generator=self.generator)
-        if self.orthogonal:
+    n, K, act = shape
+    together = max(1, (K - 1) // act)  # draws that are orthogonal to each other
+    while True:
+        noise = torch.randn(n, K, together * act, generator=generator)
+        if settings.noise == "orthogonal" and act < K:
             q, r = torch.linalg.qr(noise - noise.mean(1, keepdim=True))
             # r's signs make the columns' directions uniform.
             noise = math.sqrt(K) * q * r.diagonal(dim1=1, dim2=2).sign()[:, None]
-        return list(noise.split(act, dim=2))
+        for draw in noise.split(act, dim=2):
+            for _ in range(settings.noise_hold):
+                yield draw
 
 
 class Actor:
@@ -178,7 +166,7 @@ class Actor:
             return mean.flatten(0, 1).cpu().numpy()
         self.seen.append(x.cpu())
         if self.noise is None:
-            self.noise = ExplorationNoise(tuple(mean.shape), self.settings, self.generator)
+            self.noise = exploration_noise(tuple(mean.shape), self.settings, self.generator)
         # Not clipped here: the environment clips, and log pi must be that of the sample itself.
         action = mean + action_std(self.phi) * next(self.noise).to(mean)
         return action.flatten(0, 1).cpu().numpy()

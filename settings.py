@@ -146,8 +146,7 @@ class Settings:
 # `paper_settings` come on top. Soft actor-critic stays as it is, since the release has none.
 PAPER = dict(
     training_tasks=20, test_episodes=40, demonstration_noise=0.0, demonstration_detours=0,
-    observations="raw", init_std=1.0, noise="independent", noise_hold=1,
-    episodes=20,
+    observations="raw", init_std=1.0, noise="independent", noise_hold=1, episodes=20,
     shared_episodes=0, init_step_size=0.5, later_steps=1.0, adapt_std="yes",
     discount=0.99, gae_lambda=1.0, baseline="squares", advantage_scale="per task", max_weight=1e30,
     imitation_steps=0, collections=20, meta_steps=300, meta_batch=1000,

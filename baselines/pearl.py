@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import settings as settings_module
+from advantages import return_and_distance
 from checkpoints import UserError
 from local_policies import Replay
 from policy import CorrelatedNoise, normalised
@@ -196,9 +197,9 @@ class Learner:
         """Count env steps. Note return and distance of a trial's first and of its last episode."""
         self.env_steps += int(episodes["mask"].sum())
         self.row["divergences"] += int(episodes["diverged"].sum())
-        noted = {"return": float(episodes["rewards"].sum(1).mean()),
-                 "distance": float(episodes["distances"][:, -1].mean())}
-        self.row |= noted | {f"prior_{name}": value for name, value in noted.items() if first}
+        self.row |= return_and_distance(episodes)
+        if first:
+            self.row |= return_and_distance(episodes, "prior_")
 
     def gradient_steps(self) -> int:
         """How many are due after a collection, in proportion to the env steps so far."""

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 import settings as settings_module
+from advantages import return_and_distance
 from checkpoints import UserError
-from policy import CorrelatedNoise, normalised, set_rates, uniform
+from policy import CorrelatedNoise, detached, normalised, set_rates, uniform
 from settings import random_streams
 
 
@@ -254,8 +255,7 @@ class Learner:
         last = self.settings.trial_episodes - 1
         for prefix, wanted in (("", 0), ("adapted_", last)):
             if number == wanted:
-                self.row[f"{prefix}return"] = float(episodes["rewards"].sum(1).mean())
-                self.row[f"{prefix}distance"] = float(episodes["distances"][:, -1].mean())
+                self.row |= return_and_distance(episodes, prefix)
 
     def minimise(self, loss: torch.Tensor) -> None:
         """One step of Adam on all networks."""
@@ -275,11 +275,11 @@ class Learner:
 
     def policy(self) -> dict:
         """What `Adapter` needs."""
-        return saved(self.networks["policy"])
+        return detached(self.networks["policy"].state_dict())
 
     def state(self, **more) -> dict:
         """A copy of all that resuming needs. `more` goes into "training"."""
-        others = {name: saved(network) for name, network in self.networks.items()
+        others = {name: detached(network.state_dict()) for name, network in self.networks.items()
                   if name != "policy"}
         return {"policy": self.policy(), "training": {
             "networks": others, "optimiser": copy.deepcopy(self.optimiser.state_dict()),
@@ -290,8 +290,3 @@ class Learner:
         return self.row | {"iteration": self.iteration, "env_steps": self.env_steps,
                            "progress": self.iteration / self.settings.iterations,
                            "gradient_norm": self.norm, **more}
-
-
-def saved(network: Network) -> dict:
-    """A copy of its parameters."""
-    return {name: value.detach().clone() for name, value in network.state_dict().items()}

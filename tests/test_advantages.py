@@ -57,7 +57,7 @@ def test_exploration_noise_is_standard_normal_and_lasts():
 def test_exploration_noise_is_held_and_orthogonal_over_episodes(kind):
     """(K - 1) // act draws of 2 dimensions are orthonormal over K = 8 episodes, and sum to zero."""
     settings = dataclasses.replace(TINY, noise=kind, noise_hold=2)
-    noise = policy.ExplorationNoise((20_000, 8, 2), settings, torch.Generator().manual_seed(0))
+    noise = policy.exploration_noise((20_000, 8, 2), settings, torch.Generator().manual_seed(0))
     steps = torch.stack([next(noise) for _ in range(16)]).double()  # (16, n, K, act)
     assert torch.equal(steps[::2], steps[1::2]) and not torch.equal(steps[0], steps[2])
     draws = steps[::2].permute(1, 2, 0, 3)                          # (n, K, 8 draws, act)
@@ -74,7 +74,7 @@ def test_exploration_noise_is_held_and_orthogonal_over_episodes(kind):
 
 
 def test_few_episodes_have_independent_noise():
-    noise = policy.ExplorationNoise((5000, 3, 3), TINY, torch.Generator().manual_seed(0))
+    noise = policy.exploration_noise((5000, 3, 3), TINY, torch.Generator().manual_seed(0))
     assert next(noise).sum(1).square().mean() == pytest.approx(3, rel=0.1)
 
 
@@ -83,7 +83,7 @@ def test_actions_are_the_policys_mean_and_noise_of_its_own(collected):
     """Each task's own network and std, unclipped; else mean actions."""
     phi, episodes, *_ = collected
     single = [{name: value[i].double().numpy() for name, value in phi.items()} for i in (0, 1)]
-    noise = policy.ExplorationNoise((2, 3, 3), NOISY, torch.Generator().manual_seed(1))
+    noise = policy.exploration_noise((2, 3, 3), NOISY, torch.Generator().manual_seed(1))
     std = np.array([[[0.6, 0.1, 0.9]], [[0.5, 0.4, 0.2]]])
     actor, quiet = (policy.Actor(phi, PUSH, NOISY, g) for g in (torch.Generator(), None))
     for t in range(50):

@@ -9,6 +9,7 @@ import torch
 
 from baselines import recurrent, rl2
 from evaluate import by_round, evaluate, mean_of
+from policy import detached
 from tests.conftest import FRAGILE, PUSH, finite_difference, make_problem, relative_error
 from tests.point_task import CircleGoal, PointBatch, PointEnvironments, point_problem
 from tests.test_recurrent import FEW, POINT, make_agent, numpy_gru, play
@@ -257,7 +258,7 @@ def learned(method, settings, count=20):
     tested = []
     for _ in method.train(point_problem(count, tested.append), settings):
         pass
-    policy = recurrent.saved(tested[0].network)
+    policy = detached(tested[0].network.state_dict())
     return first_and_second(tested[0]), first_and_second(Shuffled(policy, CircleGoal(), settings))
 
 

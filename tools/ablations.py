@@ -25,6 +25,7 @@ import run  # noqa: E402
 from checkpoints import load_checkpoint, save_checkpoint, write_json  # noqa: E402
 from evaluate import by_round, mean_of  # noqa: E402
 from tasks import make_family, task_set  # noqa: E402
+from tools.pictures import pyplot, save_figure  # noqa: E402
 
 GOALS, ROUNDS = 40, 3
 PAPER = "all of them: --preset paper"
@@ -191,13 +192,9 @@ def show(task: str) -> str:
 
 def picture(tasks: list[str], path: Path) -> None:
     """All effects on the return after one and three steps: a bar is the mean, a dot a seed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     shown = {task: [effects(task, "return", k) for k in (1, 3)] for task in tasks}
     heights = [1 + len(first) for first, _ in shown.values()]
-    figure, axes = plt.subplots(len(tasks), 1, figsize=(8, 1 + 0.26 * sum(heights)),
+    figure, axes = pyplot().subplots(len(tasks), 1, figsize=(8, 1 + 0.26 * sum(heights)),
                                 height_ratios=heights, squeeze=False, layout="constrained")
     for (task, parts), axis in zip(shown.items(), axes[:, 0]):
         names = sorted(parts[0], key=lambda name: -parts[0][name].mean())
@@ -213,8 +210,7 @@ def picture(tasks: list[str], path: Path) -> None:
         axis.set_xscale("symlog", linthresh=10)
         axis.set(title=task, xlabel="change of the return when it is undone")
         axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def main() -> None:

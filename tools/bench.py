@@ -94,10 +94,9 @@ def bench_family(env: BatchEnv, steps: int) -> None:
 
 
 # ---------------------------------------------------------------- soft actor-critic
-def learner_and_batches(learners: int, width: int, batch_size: int, device="cpu"):
-    """A learner, and a function that samples its batches."""
-    settings = Settings(experts="local" if learners > 1 else "contextual", expert_width=width,
-                        expert_batch=batch_size)
+def updater(learners: int, updates: int, device="cpu"):
+    """A function that takes so many updates of learners on push, sampling included."""
+    settings = Settings(experts="local" if learners > 1 else "contextual", expert_updates=updates)
     family = make_family("push")
     tasks = task_set(family, "train", max(learners, 2))
     env, rng = BatchEnv(len(tasks), family), np.random.default_rng(0)
@@ -106,17 +105,13 @@ def learner_and_batches(learners: int, width: int, batch_size: int, device="cpu"
                np.arange(len(tasks)))
     env.close()
     learner = SoftActorCritic(learners, 6 + 2 * (learners == 1), 3, settings, device)
-    return learner, lambda: {name: value.to(device) for name, value in replay.sample(
-        rng, learners, settings).items()}
+    generator = torch.Generator()
+    return lambda: learner.learn(replay, rng, generator)
 
 
-def bench_learner(width: int = 128, batch_size: int = 128, updates: int = 40) -> None:
+def bench_learner(updates: int = 40) -> None:
     """One update of 20 learners against one of one, sampling included; stable-baselines3's SAC."""
-    def updater(learners, updates):
-        learner, sample = learner_and_batches(learners, width, batch_size)
-        generator = torch.Generator()
-        return lambda: [learner.update(sample(), generator) for _ in range(updates)]
-
+    width, batch_size = Settings().expert_width, Settings().expert_batch
     one, twenty = seconds(updater(1, updates), updater(20, updates // 4))
     one, twenty = one / updates, twenty / (updates // 4)
     print(f"soft actor-critic, width {width}, batch {batch_size}: 1 learner {1e3 * one:.1f} ms per "
@@ -178,22 +173,18 @@ def bench_device(updates: int = 20) -> None:
     """A meta-step and an update of the experts on the GPU, against two threads of the CPU."""
     torch.set_num_threads(2)
 
-    def repeated(function, device):
-        def repeat():
-            for _ in range(updates):
-                function()
-            if device == "cuda":
-                torch.cuda.synchronize()  # a GPU works on while Python goes on
-        return repeat
+    def meta_steps(device):
+        meta_step = meta_stepper(Settings(), device)
+        return lambda: [meta_step() for _ in range(updates)]
 
-    def update(device):
-        settings, generator = Settings(), torch.Generator()
-        learner, sample = learner_and_batches(1, settings.expert_width, settings.expert_batch,
-                                              device)
-        return lambda: learner.update(sample(), generator)
-    for name, make in (("meta-step", lambda device: meta_stepper(Settings(), device)),
-                       ("update of the experts", update)):
-        cpu, gpu = seconds(*(repeated(make(device), device) for device in ("cpu", "cuda")))
+    def finished(function):
+        def run():
+            function()
+            torch.cuda.synchronize()  # a GPU works on while Python goes on
+        return run
+    for name, make in (("meta-step", meta_steps),
+                       ("update of the experts", lambda device: updater(1, updates, device))):
+        cpu, gpu = seconds(make("cpu"), finished(make("cuda")))
         print(f"{name}: CPU {1e3 * cpu / updates:.1f} ms, {torch.cuda.get_device_name()} "
               f"{1e3 * gpu / updates:.1f} ms; ratio {cpu / gpu:.2f}")
 
