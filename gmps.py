@@ -343,6 +343,9 @@ class Adapter:
         batch, _ = policy_gradient_batch(
             self.actor.explored(episodes), baseline_products(self.family, self.settings),
             self.settings, self.scale, phi["z"].device)
-        phi = inner_step(phi, self.step_size(k), batch, self.settings, first_order=True)
-        self.steps += 1
-        self.actor = Actor(detached(phi), self.family, self.settings, self.generator)
+        new = inner_step(phi, self.step_size(k), batch, self.settings, first_order=True)
+        if k > 1:  # momentum [ours]; the very first step is a learned jump, and starts none
+            new |= {name: new[name] + self.settings.later_momentum * (phi[name] - self.last[name])
+                    for name in self.alpha}
+        self.steps, self.last = k + 1, phi
+        self.actor = Actor(detached(new), self.family, self.settings, self.generator)

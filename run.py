@@ -11,6 +11,11 @@
 A run that is started again by the same command goes on from its last checkpoint. This file is the
 command line; what happens then is in phases.py.
 """
+import os
+
+# Threads of torch that wait keep their core busy for a while. A short while leaves it to MuJoCo's.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # read when torch is imported
+
 import argparse
 import dataclasses
 import inspect

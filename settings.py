@@ -72,7 +72,7 @@ class Settings:
     demonstration_noise: float = within(
         0.3, 0.0, 5.0, "std of action noise, not in a task's first episode; none on labels [ours]")
     demonstration_detours: int = within(
-        1, 0, 1000, "of these, episodes that head for another task; labels for their own [ours]")
+        0, 0, 1000, "of these, episodes that head for another task; labels for their own [ours]")
 
     # ---- Policy and rollouts (policy.py)
     observations: str = one_of("normalised", ("normalised", "raw"),
@@ -82,7 +82,7 @@ class Settings:
     init_std: float = within(0.5, 1e-3, 10.0, "exploration noise at the start [release: 1]")
     noise: str = one_of("orthogonal", ("orthogonal", "independent"),
                         "exploration noise over a task's episodes; independent [release]")
-    noise_hold: int = within(1, 1, 1000, "m: exploration noise is held for m time steps, and the "
+    noise_hold: int = within(2, 1, 1000, "m: exploration noise is held for m time steps, and the "
                                          "inner loss uses every m-th one [ours; release: 1]")
     episodes: int = within(10, 2, 10_000, "*K, episodes per task for the inner step [release: 20]")
     shared_episodes: int = within(
@@ -93,6 +93,8 @@ class Settings:
     later_steps: float = within(
         0.3, 0.0, 1.0,
         "at meta-test, factor on alpha's positive part after the first step; 1: alpha [release]")
+    later_momentum: float = within(
+        0.0, 0.0, 0.99, "at meta-test, share of the last change that later steps repeat [ours]")
     adapt_std: str = one_of("no", ("no", "yes"),
                             "whether log-std adapts in the inner step [release: yes]")
     discount: float = within(0.9, 0.0, 1.0, "*of advantages [ours; release: 0.99]")
@@ -105,7 +107,7 @@ class Settings:
 
     # ---- Meta-training (gmps.py)
     imitation_steps: int = within(
-        600, 0, 1_000_000, "gradient steps of imitation before meta-training [ours; release: none]")
+        300, 0, 1_000_000, "gradient steps of imitation before meta-training [ours; release: none]")
     imitation_batch: int = within(200, 1, 100_000, "labelled states per task and meta-step")
     collections: int = within(3, 1, 10_000, "*passes through step 3 of the algorithm")
     meta_steps: int = within(1000, 1, 10_000, "*Adam steps on one collection [release: 300 to 500]")
@@ -147,7 +149,7 @@ class Settings:
 PAPER = dict(
     training_tasks=20, test_episodes=40, demonstration_noise=0.0, demonstration_detours=0,
     observations="raw", init_std=1.0, noise="independent", noise_hold=1, episodes=20,
-    shared_episodes=0, init_step_size=0.5, later_steps=1.0, adapt_std="yes",
+    shared_episodes=0, init_step_size=0.5, later_steps=1.0, later_momentum=0.0, adapt_std="yes",
     discount=0.99, gae_lambda=1.0, baseline="squares", advantage_scale="per task", max_weight=1e30,
     imitation_steps=0, collections=20, meta_steps=300, meta_batch=1000,
     imitated_action="mean", learning_rate=1e-3, step_size_learning_rate=1e-3, final_rate=1.0,

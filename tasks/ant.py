@@ -43,7 +43,9 @@ def ant_xml() -> str:
 <mujoco model="ant">
 <compiler angle="degree" autolimits="true" inertiafromgeom="true"/>
 <option timestep="0.01" integrator="RK4"/>
-<visual><global offwidth="640" offheight="480"/><map shadowclip="3"/></visual>
+<visual>
+  <global offwidth="640" offheight="480"/><quality shadowsize="1024"/><map shadowclip="3"/>
+</visual>
 <asset>
   <texture name="tiles" type="2d" builtin="checker" rgb1="0.86 0.87 0.88" rgb2="0.78 0.80 0.82"
     width="64" height="64"/>
@@ -110,8 +112,8 @@ class AntGoal(MujocoFamily):
     settings = dict(
         expert_iterations=200, expert_updates=300, expert_discount=0.99, expert_return_steps=10,
         expert_noise_correlation=0.9, noise_hold=8, discount=0.99, gae_lambda=0.95,
-        demonstration_detours=0, episodes=50, shared_episodes=150, meta_steps=400,
-        imitation_batch=800, pre_update_imitation=1.0, test_episodes=50)
+        episodes=50, shared_episodes=150, meta_steps=400, imitation_batch=800,
+        pre_update_imitation=1.0, test_episodes=50, later_steps=0.15, later_momentum=0.8)
     local_settings = dict(training_tasks=20, expert_iterations=100, expert_episodes=20,
                           expert_updates=400)
     paper_settings = dict(training_tasks=40, episodes=50, test_episodes=50)

@@ -71,7 +71,10 @@ def sawyer_xml(objects: str, hand_start: str, sensors: str, claw_gain: int = 400
 <mujoco model="sawyer">
 <compiler angle="radian" autolimits="true"/>
 <option timestep="0.01" cone="elliptic" impratio="3" iterations="50"/>
-<visual><global offwidth="640" offheight="480"/><headlight ambient="0.45 0.45 0.45"/></visual>
+<visual>
+  <global offwidth="640" offheight="480"/><quality shadowsize="1024"/>
+  <headlight ambient="0.45 0.45 0.45"/>
+</visual>
 <default>
   <default class="link"><geom contype="0" conaffinity="0" rgba="0.72 0.12 0.13 1"/></default>
   <default class="claw">

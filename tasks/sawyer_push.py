@@ -34,8 +34,8 @@ class SawyerPush(SawyerFamily):
     observation_scale = np.full(6, 0.1)
 
     # ---- settings and published levels
-    local_settings = dict(training_tasks=20, demonstration_detours=0, expert_episodes=80,
-                          expert_width=64, expert_updates=300)
+    local_settings = dict(training_tasks=20, expert_episodes=80, expert_width=64,
+                          expert_updates=300)
     published = {"experts_training": "670, 0.031 m (10 goals, authors' simulator)",
                  "meta_training": "about 120,000 in the released settings: *does not match*"}
 

@@ -22,7 +22,7 @@ PUSH = make_family("push")
 HORIZON = PUSH.horizon
 TINY = Settings(hidden=8, bias_vector=2, init_std=0.6, init_step_size=0.1,
                 pre_update_imitation=0.3, episodes=2, shared_episodes=0, max_weight=1e6,
-                imitation_batch=16)
+                imitation_batch=16, noise_hold=1)
 
 
 @pytest.fixture(autouse=True)

@@ -262,7 +262,7 @@ def test_multitask_imitation():
 
     Each task's advantages are divided by their own root mean square.
     """
-    settings = multitask.Settings(hidden=8, imitation_steps=2, step_size=0.2)
+    settings = multitask.Settings(hidden=8, imitation_steps=2, step_size=0.2, noise_hold=1)
     tasks, rng, met = task_set(PUSH, "train", 2), np.random.default_rng(0), []
     given = Demonstrations(rng.normal(size=(2, 9, 6)), rng.uniform(-1, 1, (2, 9, 3)))
     problem = make_problem(tasks, given, meta_test=met.append)

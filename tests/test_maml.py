@@ -23,8 +23,8 @@ from tests.test_checkpoints import EVALUATE, stopped, timeless
 from tests.test_meta_training import same
 
 # ---------------------------------------------------------------- the algorithm, step by step
-STEPS = maml.Settings(seed=1, hidden=8, bias_vector=2, training_tasks=5, meta_batch=3, episodes=4,
-                      inner_steps=2, collections=3)
+STEPS = maml.Settings(seed=1, noise_hold=1, hidden=8, bias_vector=2, training_tasks=5, meta_batch=3,
+                      episodes=4, inner_steps=2, collections=3)
 POINTS = PointEnvironments(PointGoal())
 
 

@@ -15,8 +15,8 @@ from tests.conftest import PUSH, make_problem, with_policy_gradient
 from tests.point_task import PointEnvironments, PointGoal
 
 GOALS = np.array([[-0.05, 0.72], [0.02, 0.78], [0.08, 0.75]])
-SETTINGS = scratch.Settings(method="scratch", hidden=8, expert_width=8, expert_batch=16,
-                            expert_updates=3)
+SETTINGS = scratch.Settings(method="scratch", noise_hold=1, hidden=8, expert_width=8,
+                            expert_batch=16, expert_updates=3)
 
 
 def generator(seed=0):

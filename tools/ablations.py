@@ -34,6 +34,7 @@ ABLATIONS = {
     "push": {
         "recipe": {},
         "independent noise": {"noise": "independent"},
+        "noise of one step": {"noise_hold": 1},
         "own episodes": {"shared_episodes": 0},
         "alpha from 0.5": {"init_step_size": 0.5},
         "slow alpha": {"step_size_learning_rate": 1e-3},
@@ -55,7 +56,6 @@ ABLATIONS = {
         "std from 1": {"init_std": 1.0},
         "no aggregation": {"aggregation_episodes": 0},
         "clean demonstrations": {"demonstration_noise": 0.0},
-        "no detours": {"demonstration_detours": 0},
         "raw observations": {"observations": "raw"},
         "experts: no relabelling": {"expert_relabelled": 0.0},
         "experts: discount 0.99": {"expert_discount": 0.99},
