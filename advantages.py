@@ -46,20 +46,20 @@ def draw_episodes(stored: dict, some: np.ndarray, K: int, generator: np.random.G
 
 # ---------------------------------------------------------------- advantages
 def baseline_products(family, settings: Settings) -> list[int]:
-    """Entries of the observation whose products the baseline sees; [release] none."""
+    """Entries of the MLP's input whose products the baseline sees; [release] none."""
     return list(family.baseline_products) if settings.baseline == "products" else []
 
 
-def linear_baseline(observation: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
+def linear_baseline(x: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
                     products: list[int]) -> torch.Tensor:
     """Values (n, K, T): a least-squares fit of returns, per task (Duan et al. 2016).
 
-    observation (n, K, T, obs) normalised, returns and mask (n, K, T). Features are s, s^2, t, t^2,
-    t^3, 1, and [ours] the products s_i s_j of the entries named in `products`: the value of a
+    x (n, K, T, F): what the policy's MLP sees; returns and mask (n, K, T). Features are x, x^2, t,
+    t^2, t^3, 1, and [ours] the products x_i x_j of the entries named in `products`: the value of a
     block's distance to a goal is no sum over coordinates. Computed in float64.
     """
-    n, K, T, _ = observation.shape
-    s = observation.double().clamp(-10, 10)
+    n, K, T, _ = x.shape
+    s = x.double().clamp(-10, 10)
     t = (torch.arange(T, dtype=torch.float64, device=s.device) / 100).expand(n, K, T)[..., None]
     i, j = torch.triu_indices(len(products), len(products), 1, device=s.device)
     crossed = s[..., products]
@@ -82,7 +82,7 @@ def discounted_sum(values: torch.Tensor, factor: float) -> torch.Tensor:
     return values @ weights
 
 
-def advantages(observation: torch.Tensor, reward: torch.Tensor, mask: torch.Tensor,
+def advantages(x: torch.Tensor, reward: torch.Tensor, mask: torch.Tensor,
                products: list[int], settings: Settings) -> torch.Tensor:
     """Generalised advantage estimates (n, K, T), centred per task (Schulman et al., Eq. 16).
 
@@ -90,7 +90,7 @@ def advantages(observation: torch.Tensor, reward: torch.Tensor, mask: torch.Tens
     near-zero advantages by their own size would turn noise into a signal, so they are set to zero.
     """
     returns = discounted_sum(reward * mask, settings.discount)
-    value = linear_baseline(observation, returns, mask, products) * mask
+    value = linear_baseline(x, returns, mask, products) * mask
     next_value = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], dim=-1)
     delta = reward + settings.discount * next_value - value                      # Eq. 11
     advantage = discounted_sum(delta * mask, settings.discount * settings.gae_lambda)
@@ -118,7 +118,7 @@ def policy_gradient_batch(episodes: dict, products: list[int], settings: Setting
     """
     episodes = {name: value.to(device) for name, value in episodes.items()}
     mask = episodes["mask"]
-    advantage = advantages(episodes["observation"], episodes["reward"], mask, products, settings)
+    advantage = advantages(episodes["features"], episodes["reward"], mask, products, settings)
     if settings.advantage_scale == "per task":
         own = advantage.square().sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
         scale, advantage = 1.0, advantage / own.sqrt().clamp(min=1e-6)

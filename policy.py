@@ -187,8 +187,8 @@ class Actor:
         """What a policy gradient needs of episodes of `envs.rollout` that this actor explored.
 
         Tensors with leading axes (n, K, T), K episodes per task: "features" (F,), what the MLP saw;
-        "observation" (obs,), normalised; "action" (act,), before the environment clips it;
-        "behaviour_log_prob", that of the actions; "reward"; "mask". They lie on the CPU.
+        "action" (act,), before the environment clips it; "behaviour_log_prob", that of the
+        actions; "reward"; "mask". They lie on the CPU.
         """
         x, n = torch.stack(self.seen, dim=2), len(self.phi["z"])
 
@@ -197,8 +197,7 @@ class Actor:
         action = by_task(episodes["actions"])
         log_p = log_prob(self.phi, x.flatten(1, 2).to(self.phi["z"].device),
                          action.flatten(1, 2).to(self.phi["z"].device))
-        observation = normalised(self.family, episodes["observations"][:, :-1], x.dtype)
-        return {"features": x, "observation": by_task(observation), "action": action,
+        return {"features": x, "action": action,
                 "behaviour_log_prob": log_p.cpu().view(action.shape[:-1]),
                 "reward": by_task(episodes["rewards"]), "mask": by_task(episodes["mask"])}
 

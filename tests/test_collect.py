@@ -60,7 +60,7 @@ def test_shared_episodes_are_worth_to_each_task_what_its_own_simulation_pays(fam
 
     x = policy.normalised(family, episodes["observations"][:, :-1])
     log_p = policy.log_prob(policy.per_task(learner.theta, 5), x, torch.as_tensor(actions))
-    for name, expected in (("features", x), ("observation", x), ("action", actions),
+    for name, expected in (("features", x), ("action", actions),
                            ("behaviour_log_prob", log_p.detach()), ("mask", lasts[0])):
         kept = explored[name].expand(3, *expected.shape)
         expected = torch.as_tensor(expected, dtype=torch.float32)
@@ -93,7 +93,7 @@ def stored(episodes, seed=0, T=4):
     def normal(*shape):
         return torch.randn(4, episodes, T, *shape, generator=generator)
     names = 100.0 * torch.arange(4)[:, None] + torch.arange(episodes)
-    return {"features": normal(6), "observation": normal(6), "reward": normal(),
+    return {"features": normal(6), "reward": normal(),
             "action": names[..., None, None].expand(4, episodes, T, 3),
             "behaviour_log_prob": normal(), "mask": torch.ones(4, episodes, T)}
 
