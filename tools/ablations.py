@@ -69,12 +69,14 @@ ABLATIONS = {
         "noise of one step": {"noise_hold": 1},
         "experts: white noise": {"expert_noise_correlation": 0.0},
         "experts: one-step targets": {"expert_return_steps": 1},
+        "short imitation": {"imitation_steps": 300},
         "weak pre-update loss": {"pre_update_imitation": 0.3},
     },
     "door": {
         "recipe": {},
         "no detours": {"demonstration_detours": 0},
         "pre-update policy: all angles": {"pre_update_tasks": 0},
+        "noise of one step": {"noise_hold": 1},
         "one advantage scale": {"advantage_scale": "common"},
     },
 }
