@@ -191,12 +191,15 @@ def test_meta_test_takes_the_steps_of_meta_training_first():
 # ---------------------------------------------------------------- the command
 def test_its_own_defaults_win_over_a_familys_and_give_way_to_options():
     """A family's settings are for GMPS. What MAML says nothing of stays the family's."""
-    def chosen(*arguments):
-        options = run.parse(["--method", "maml", *arguments])
+    def chosen(*arguments, method="maml"):
+        options = run.parse(["--method", method, *arguments])
         return run.choose_settings(options, options.task, 0)
     ant, door = chosen("--task", "ant"), chosen("--task", "door")
     assert (ant.episodes, ant.meta_batch, ant.collections) == (20, 20, 125)
     assert (ant.noise_hold, ant.discount) == (8, 0.99)
+    momentum = [chosen("--task", "ant", method=method).later_momentum
+                for method in ("gmps", "maml", "multitask")]
+    assert momentum == [0.8, 0.0, 0.0]
     assert (door.collections, door.later_steps, door.experts) == (125, 0.5, "scripted")
     assert chosen("--task", "ant", "--quick", "--set", "inner_steps=2").episodes == 4
     assert chosen("--task", "ant", "--preset", "paper").episodes == 50
