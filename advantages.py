@@ -59,16 +59,16 @@ def linear_baseline(x: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
     block's distance to a goal is no sum over coordinates. Computed in float64.
     """
     n, K, T, _ = x.shape
-    s = x.double().clamp(-10, 10)
-    t = (torch.arange(T, dtype=torch.float64, device=s.device) / 100).expand(n, K, T)[..., None]
-    i, j = torch.triu_indices(len(products), len(products), 1, device=s.device)
-    crossed = s[..., products]
-    features = [s, s.square(), crossed[..., i] * crossed[..., j], t, t.square(), t ** 3,
+    x = x.double().clamp(-10, 10)
+    t = (torch.arange(T, dtype=torch.float64, device=x.device) / 100).expand(n, K, T)[..., None]
+    i, j = torch.triu_indices(len(products), len(products), 1, device=x.device)
+    crossed = x[..., products]
+    features = [x, x.square(), crossed[..., i] * crossed[..., j], t, t.square(), t ** 3,
                 torch.ones_like(t)]
     features = torch.cat(features, dim=-1).view(n, K * T, -1)
     # Padding counts for nothing; a little ridge keeps the normal equations solvable.
     weighted = features * mask.double().view(n, K * T, 1)
-    ridge = 1e-5 * torch.eye(features.shape[-1], dtype=torch.float64, device=s.device)
+    ridge = 1e-5 * torch.eye(features.shape[-1], dtype=torch.float64, device=x.device)
     gram = weighted.mT @ features + ridge
     coefficients = torch.linalg.solve(gram, weighted.mT @ returns.double().view(n, K * T, 1))
     return (features @ coefficients).view(n, K, T).to(returns.dtype)

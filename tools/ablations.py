@@ -197,7 +197,7 @@ def picture(tasks: list[str], path: Path) -> None:
     shown = {task: [effects(task, "return", k) for k in (1, 3)] for task in tasks}
     heights = [1 + len(first) for first, _ in shown.values()]
     figure, axes = pyplot().subplots(len(tasks), 1, figsize=(8, 1 + 0.26 * sum(heights)),
-                                height_ratios=heights, squeeze=False, layout="constrained")
+                                     height_ratios=heights, squeeze=False, layout="constrained")
     for (task, parts), axis in zip(shown.items(), axes[:, 0]):
         names = sorted(parts[0], key=lambda name: -parts[0][name].mean())
         for part, shift, color, label in zip(parts, (0.2, -0.2), ("tab:orange", "tab:blue"),
