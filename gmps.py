@@ -339,13 +339,10 @@ class Adapter:
 
     def update(self, episodes: dict) -> None:
         """One inner step on the episodes that `act` explored."""
-        phi, k = self.actor.phi, self.steps
+        phi = self.actor.phi
         batch, _ = policy_gradient_batch(
             self.actor.explored(episodes), baseline_products(self.family, self.settings),
             self.settings, self.scale, phi["z"].device)
-        new = inner_step(phi, self.step_size(k), batch, self.settings, first_order=True)
-        if k > 1:  # momentum [ours]; the very first step is a learned jump, and starts none
-            new |= {name: new[name] + self.settings.later_momentum * (phi[name] - self.last[name])
-                    for name in self.alpha}
-        self.steps, self.last = k + 1, phi
+        new = inner_step(phi, self.step_size(self.steps), batch, self.settings, first_order=True)
+        self.steps += 1
         self.actor = Actor(detached(new), self.family, self.settings, self.generator)

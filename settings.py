@@ -3,8 +3,8 @@
     python run.py --help                       # lists them; * marks those that a fork changes first
     python run.py --task push --set hidden=64  # changes one; repeat --set for more
 
-The defaults are those of Sawyer push. What another task family wants stands in its file in tasks/,
-as `settings`. What a method of its own needs stands in its file in baselines/, as a subclass.
+What a task family wants otherwise stands in its file in tasks/, as `settings`. What a method of its
+own needs stands in its file in baselines/, as a subclass.
 Marks: [release] is the authors' code, [ours] departs from it (docs/deviations.md), [SAC] is
 Haarnoja et al. 2018b.
 """
@@ -49,13 +49,13 @@ class Settings:
 
     # ---- Local experts: soft actor-critic (local_policies.py, sac.py)
     expert_iterations: int = within(
-        75, 1, 100_000, "*iterations: in each, an episode in every environment, then updates")
+        200, 1, 100_000, "*iterations: in each, an episode in every environment, then updates")
     expert_episodes: int = within(10, 1, 10_000, "episodes per iteration; tasks take turns")
-    expert_updates: int = within(200, 1, 100_000, "gradient steps per iteration")
+    expert_updates: int = within(300, 1, 100_000, "gradient steps per iteration")
     expert_width: int = within(128, 1, 4096, "units in each of two hidden layers")
     expert_batch: int = within(128, 1, 65536, "transitions per learner and update")
     expert_learning_rate: float = within(3e-3, 1e-6, 1.0, "Adam's; falls to a tenth [SAC: 3e-4]")
-    expert_discount: float = within(0.95, 0.0, 1.0, "discount [SAC: 0.99]")
+    expert_discount: float = within(0.99, 0.0, 1.0, "discount [SAC]")
     expert_return_steps: int = within(
         1, 1, 100, "rewards summed before the critics' value takes over [SAC: 1]")
     expert_target_rate: float = within(
@@ -86,15 +86,13 @@ class Settings:
                                          "inner loss uses every m-th one [ours; release: 1]")
     episodes: int = within(10, 2, 10_000, "*K, episodes per task for the inner step [release: 20]")
     shared_episodes: int = within(
-        60, 0, 10_000, "*of the pre-update policy per collection, for all tasks; 0: K each [ours]")
+        150, 0, 10_000, "*of the pre-update policy per collection, for all tasks; 0: K each [ours]")
 
     # ---- Inner step (advantages.py, gmps.py)
     init_step_size: float = within(0.03, 0.0, 10.0, "*alpha at the start [release: 0.5]")
     later_steps: float = within(
         0.3, 0.0, 1.0,
         "at meta-test, factor on alpha's positive part after the first step; 1: alpha [release]")
-    later_momentum: float = within(
-        0.0, 0.0, 0.99, "at meta-test, share of the last change that later steps repeat [ours]")
     adapt_std: str = one_of("no", ("no", "yes"),
                             "whether log-std adapts in the inner step [release: yes]")
     discount: float = within(0.9, 0.0, 1.0, "*of advantages [ours; release: 0.99]")
@@ -121,7 +119,7 @@ class Settings:
     final_rate: float = within(0.1, 0.0, 1.0, "both rates fall to this share [ours; release: 1]")
     clip_norm: float = within(10.0, 1e-3, 1e6, "of the outer gradient [ours]")
     pre_update_imitation: float = within(
-        0.3, 0.0, 100.0, "weight of the pre-update policy's own imitation loss [ours]")
+        1.0, 0.0, 100.0, "weight of the pre-update policy's own imitation loss [ours]")
     pre_update_tasks: int = within(
         0, 0, 1000, "number of tasks, the last ones, that phi_0 imitates; 0: all [ours]")
 
@@ -149,7 +147,7 @@ class Settings:
 PAPER = dict(
     training_tasks=20, test_episodes=40, demonstration_noise=0.0, demonstration_detours=0,
     observations="raw", init_std=1.0, noise="independent", noise_hold=1, episodes=20,
-    shared_episodes=0, init_step_size=0.5, later_steps=1.0, later_momentum=0.0, adapt_std="yes",
+    shared_episodes=0, init_step_size=0.5, later_steps=1.0, adapt_std="yes",
     discount=0.99, gae_lambda=1.0, baseline="squares", advantage_scale="per task", max_weight=1e30,
     imitation_steps=0, collections=20, meta_steps=300, meta_batch=1000,
     imitated_action="mean", learning_rate=1e-3, step_size_learning_rate=1e-3, final_rate=1.0,

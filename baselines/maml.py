@@ -53,7 +53,6 @@ class Settings(settings_module.Settings):
     init_step_size: float = within(0.1, 0.0, 10.0, "*alpha at the start [MAML: 0.1]")
     later_steps: float = within(
         0.5, 0.0, 1.0, "*at meta-test, factor on alpha's positive part in untrained steps [MAML]")
-    later_momentum: float = within(0.0, 0.0, 0.99, "at meta-test, as in GMPS; 0: none [MAML]")
     adapt_std: str = one_of("yes", ("yes", "no"), "whether log-std adapts in the inner step")
     # A random policy's rewards are small: a scale that its first episodes fix is soon too small.
     advantage_scale: str = one_of("per task", ("per task", "common"),

@@ -16,8 +16,6 @@ from policy import imitate
 
 @dataclass(frozen=True)
 class Settings(settings_module.Settings):
-    later_momentum: float = settings_module.within(
-        0.0, 0.0, 0.99, "at meta-test, as in GMPS; a family's is not for this one")
     step_size: float = settings_module.within(
         0.03, 0.0, 10.0, "*of the policy gradient at test time, for all parameters")
 

@@ -197,9 +197,6 @@ def test_its_own_defaults_win_over_a_familys_and_give_way_to_options():
     ant, door = chosen("--task", "ant"), chosen("--task", "door")
     assert (ant.episodes, ant.meta_batch, ant.collections) == (20, 20, 125)
     assert (ant.noise_hold, ant.discount) == (8, 0.99)
-    momentum = [chosen("--task", "ant", method=method).later_momentum
-                for method in ("gmps", "maml", "multitask")]
-    assert momentum == [0.8, 0.0, 0.0]
     assert (door.collections, door.later_steps, door.experts) == (125, 0.5, "scripted")
     assert chosen("--task", "ant", "--quick", "--set", "inner_steps=2").episodes == 4
     assert chosen("--task", "ant", "--preset", "paper").episodes == 50

@@ -267,7 +267,8 @@ def test_contexts_are_recent_trials_batches_are_not_and_rewards_are_the_tasks(sh
             expected * (1 - expected) / 4000)
     ended = [kept[k]["terminated"][s] and t == kept[k]["mask"][s].sum() - 1
              for k, s, t in zip(*found(batch["action"][1], batch["reward"][1], some[1]))]
-    assert np.array_equal(batch["terminated"][1], ended) and np.allclose(batch["discount"], 0.95)
+    assert np.array_equal(batch["terminated"][1], ended) and np.allclose(
+        batch["discount"], settings.expert_discount)
     sources = set()
     for _ in range(8):
         for c, task in zip(context, some):

@@ -1,6 +1,7 @@
 """Undo one deviation at a time, and measure what that costs.
 
     python tools/ablations.py --task push --seeds 3     # runs what is missing, two at a time
+    python tools/ablations.py --task push --jobs 16     # the same, on a machine with 16 cores
     python tools/ablations.py --show                    # a table and a picture of what is there
 
 Every run is `run.py` on one thread with one setting changed. What leaves the experts alone takes
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--task", choices=ABLATIONS, help="default: push")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
     parser.add_argument("--only", nargs="*", help="names of ablations (default: all)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--show", action="store_true", help="run nothing")
     options = parser.parse_args()
     if not options.show:
@@ -230,7 +232,7 @@ def main() -> None:
         work_folder(task).mkdir(parents=True, exist_ok=True)
         np.save(work_folder(task) / "goals.npy",
                 task_set(make_family(task), "validation", GOALS))
-        with ThreadPoolExecutor(2) as pool:  # two processes of one thread each
+        with ThreadPoolExecutor(options.jobs) as pool:  # each waits for a process of one thread
             for part in (["recipe"], names):
                 list(pool.map(lambda job: one(task, *job),
                               [(name, seed) for seed in range(options.seeds) for name in part]))

@@ -7,11 +7,13 @@ Every figure is the median of several passes. What is compared takes turns, so t
 speed drifts does not favour either side.
 """
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 from statistics import median
 
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as in run.py
 import gymnasium
 import numpy as np
 import torch
