@@ -41,6 +41,7 @@ class BatchEnv(gymnasium.vector.VectorEnv):
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20,
                 "autoreset_mode": AutoresetMode.NEXT_STEP}
+    picture_size = 480, 640  # rows and columns of `render`; change it before the first picture
 
     def __init__(self, num_envs: int = 1, family: str | MujocoFamily = "push",
                  threads: int | None = None, render_mode: str | None = None,
@@ -212,9 +213,9 @@ class BatchEnv(gymnasium.vector.VectorEnv):
         return self._outcome
 
     def render(self) -> np.ndarray:
-        """Picture (480, 640, 3) of the first environment and its goal. Errors: NoOpenGL."""
+        """Picture (rows, columns, 3) of the first environment and its goal. Errors: NoOpenGL."""
         if self._renderer is None:
-            self._renderer = open_renderer(self.model)
+            self._renderer = open_renderer(self.model, *self.picture_size)
         data = self._workers[0]
         mujoco.mj_setState(self.model, data, self.state[0], FULL)
         mujoco.mj_setState(self.model, data, self.control[0], self.family.control_spec)

@@ -42,7 +42,7 @@ def opengl():
                        "there") from error
 
 
-def open_renderer(model: mujoco.MjModel, height: int = 480, width: int = 640) -> mujoco.Renderer:
+def open_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
     """An offscreen renderer of full quality, for films. NoOpenGL where there is no library."""
     with opengl():
         return mujoco.Renderer(model, height, width)

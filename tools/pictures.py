@@ -113,13 +113,13 @@ def draw_film(out: Path, family, stages: dict, tasks: np.ndarray) -> None:
     `stages` and `tasks`: those of `evaluate.Evaluation`. Without OpenGL there is no film.
     """
     env = make_batch(family, len(tasks), 1, render_mode="rgb_array")
-    sides = []
+    env.picture_size, sides = (240, 320), []
     try:
         for k, adapter in stages.items():
             frames = film(env, partial(adapter.act, explore=False), tasks)
             what = "rounds" if adapter.sequential else "gradient steps"
             label = f"after {k} {what}" if k else "before adaptation"
-            sides.append(np.array([labelled(frame[::2, ::2], label) for frame in frames]))
+            sides.append(np.array([labelled(frame, label) for frame in frames]))
     except NoOpenGL as error:
         print(f"no video: {error}")
         return
