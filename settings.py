@@ -3,8 +3,8 @@
     python run.py --help                       # lists them; * marks those that a fork changes first
     python run.py --task push --set hidden=64  # changes one; repeat --set for more
 
-What a task family wants otherwise stands in its file in tasks/, as `settings`. What a method of its
-own needs stands in its file in baselines/, as a subclass.
+Where a task family needs another value, its file in tasks/ has it, in `settings`. A method's own
+settings are a subclass in its file in baselines/.
 Marks: [release] is the authors' code, [ours] departs from it (docs/deviations.md), [SAC] is
 Haarnoja et al. 2018b.
 """
@@ -86,7 +86,7 @@ class Settings:
                                          "inner loss uses every m-th one [ours; release: 1]")
     episodes: int = within(10, 2, 10_000, "*K, episodes per task for the inner step [release: 20]")
     shared_episodes: int = within(
-        150, 0, 10_000, "*of the pre-update policy per collection, for all tasks; 0: K each [ours]")
+        100, 0, 10_000, "*of the pre-update policy per collection, for all tasks; 0: K each [ours]")
 
     # ---- Inner step (advantages.py, gmps.py)
     init_step_size: float = within(0.03, 0.0, 10.0, "*alpha at the start [release: 0.5]")
@@ -119,7 +119,7 @@ class Settings:
     final_rate: float = within(0.1, 0.0, 1.0, "both rates fall to this share [ours; release: 1]")
     clip_norm: float = within(10.0, 1e-3, 1e6, "of the outer gradient [ours]")
     pre_update_imitation: float = within(
-        1.0, 0.0, 100.0, "weight of the pre-update policy's own imitation loss [ours]")
+        0.3, 0.0, 100.0, "weight of the pre-update policy's own imitation loss [ours]")
     pre_update_tasks: int = within(
         0, 0, 1000, "number of tasks, the last ones, that phi_0 imitates; 0: all [ours]")
 

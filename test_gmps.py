@@ -129,7 +129,7 @@ def test_meta_gradient_against_finite_differences(pre_update):
 
 
 def meta_gradient(device, dtype):
-    """Gradient of theta and alpha, one vector, in float64 on the CPU."""
+    """Gradient of theta and alpha, computed on `device` in `dtype`: one float64 vector."""
     theta, alpha, batch, labels = equations()
 
     def moved(value):
@@ -390,7 +390,8 @@ def test_aggregation(steps):
 
 
 def test_meta_test_by_hand(steps):
-    """Two new tasks, three gradient steps: every row of both lists. Momentum from the third on."""
+    """Two new tasks, three gradient steps: every row of both lists. Later steps are smaller.
+    """
     adapter, problem = named(steps, "meta-test")[0], make_problem(task_set(PUSH, "held_out", 2))
     state = named(steps, "yield")[-1][0]["policy"]
     lists = evaluate(Environments(PUSH, 1), adapter, problem.tasks, 3, 4, seed=7).lists

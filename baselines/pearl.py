@@ -6,8 +6,8 @@ critics see z beside the observation. At meta-test no weight changes: the belief
 Source: "Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context Variables"
 (Rakelly et al. 2019, arXiv 1903.08254); equations and lines of its Algorithm 1 have its numbers.
 [ours]: soft actor-critic is that of sac.py, with a learned temperature and no value network. Its
-settings, named expert_, are those that a task family sets for its experts. The divergence from the
-prior is a mean over tasks, as the critics' loss is. The release sums it over tasks.
+settings named expert_ are those of the experts: the family's, or the defaults. The divergence from
+the prior is a mean over tasks, as the critics' loss is. The release sums it over tasks.
 
 Letters in shapes: n training tasks, m tasks of a gradient step, N transitions of a context, B
 transitions per task. A transition is (s, a, r), as in the release, or (s, a, r, s').

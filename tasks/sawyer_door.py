@@ -73,7 +73,7 @@ class SawyerDoor(SawyerFamily):
     # demonstrations alone, half of which head for another angle.
     settings = dict(
         experts="scripted", training_tasks=20, demonstration_episodes=12, demonstration_detours=6,
-        pre_update_tasks=12, advantage_scale="per task", shared_episodes=100,
+        pre_update_tasks=12, pre_update_imitation=1.0, advantage_scale="per task",
         aggregation_episodes=0, collections=6, meta_steps=200, meta_batch=10, later_steps=0.05)
     table = ("angle error (degrees)", np.degrees(1.0), 1)
     goal_size, frames_every = (0.012, 0.012, 0.012), 2

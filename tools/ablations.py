@@ -1,7 +1,7 @@
 """Undo one deviation at a time, and measure what that costs.
 
     python tools/ablations.py --task push --seeds 3     # runs what is missing, two at a time
-    python tools/ablations.py --task push --jobs 16     # the same, on a machine with 16 cores
+    python tools/ablations.py --task push --jobs 16    # sixteen at a time, for 16 cores
     python tools/ablations.py --show                    # a table and a picture of what is there
 
 Every run is `run.py` on one thread with one setting changed. What leaves the experts alone takes
@@ -232,7 +232,7 @@ def main() -> None:
         work_folder(task).mkdir(parents=True, exist_ok=True)
         np.save(work_folder(task) / "goals.npy",
                 task_set(make_family(task), "validation", GOALS))
-        with ThreadPoolExecutor(options.jobs) as pool:  # each waits for a process of one thread
+        with ThreadPoolExecutor(options.jobs) as pool:  # each starts run.py and waits for it
             for part in (["recipe"], names):
                 list(pool.map(lambda job: one(task, *job),
                               [(name, seed) for seed in range(options.seeds) for name in part]))

@@ -110,7 +110,8 @@ def draw_adaptation(family, lists, axis) -> None:
 def draw_film(out: Path, family, stages: dict, tasks: np.ndarray) -> None:
     """The mean action on the first task, before and after adaptation, side by side.
 
-    `stages` and `tasks`: those of `evaluate.Evaluation`. Without OpenGL there is no film.
+    `stages` and `tasks`: those of `evaluate.Evaluation`. A MuJoCo family's pictures have 240 x 320
+    pixels, a gymnasium environment's its own number. Without OpenGL there is no film.
     """
     env = make_batch(family, len(tasks), 1, render_mode="rgb_array")
     env.picture_size, sides = (240, 320), []
