@@ -128,29 +128,6 @@ def test_meta_gradient_against_finite_differences(pre_update):
     assert all(torch.equal(theta[name], given[name]) for name in theta)
 
 
-def meta_gradient(device, dtype):
-    """Gradient of theta and alpha, computed on `device` in `dtype`: one float64 vector."""
-    theta, alpha, batch, labels = equations()
-
-    def moved(value):
-        return value.detach().to(device, dtype)
-    theta, alpha = ({name: moved(value).requires_grad_() for name, value in part.items()}
-                    for part in (theta, alpha))
-    batch = {name: moved(value) for name, value in batch.items()}
-    meta_loss(theta, alpha, batch, {"adapted": [moved(x) for x in labels["adapted"]]})[0].backward()
-    gradients = [value.grad for value in (*theta.values(), *alpha.values())]
-    return torch.cat([g.flatten().double().cpu() for g in gradients if g is not None])
-
-
-@pytest.mark.parametrize("device, dtype, error", [
-    ("cpu", torch.float32, 1e-5), ("cuda", torch.float64, 1e-10), ("cuda", torch.float32, 1e-5)])
-def test_meta_gradient_in_single_precision_and_on_a_gpu(device, dtype, error):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA here")
-    expected = meta_gradient("cpu", torch.float64)
-    assert relative_error(meta_gradient(device, dtype), expected) <= error
-
-
 def test_stop_gradient_on_w_is_felt():
     """Finite differences in which w moves with theta differ: the test above can fail."""
     theta, alpha, batch, labels = equations()

@@ -1,4 +1,4 @@
-"""Tests of meta-training beyond single steps: resume, what it does without, what it learns."""
+"""Tests of meta-training beyond single steps: resume, what it learns, precision and device."""
 import dataclasses
 
 import numpy as np
@@ -12,13 +12,14 @@ from local_policies import Demonstrations
 from policy import imitate, imitation_loss, normalised, per_task
 from settings import Settings
 from tasks import task_set
-from test_gmps import STEPS, named, watched
+from test_gmps import STEPS, equations, meta_loss, named, watched
 from tests.conftest import (
     PUSH,
     TINY,
     explore,
     make_problem,
     push_batch,
+    relative_error,
     scripted_expert,
     through_bytes,
 )
@@ -168,3 +169,27 @@ def test_meta_training_teaches_the_policy_to_adapt():
         losses.append(loss_on(gmps.adapt(theta, alpha, batch, LEARN, True), held))
     assert metrics["imitation_1"] < 0.9 * bound and np.mean(losses) < 0.9 * bound
     assert loss_on(phi, held) >= bound
+
+
+# ---------------------------------------------------------------- precision and device
+def meta_gradient(device, dtype):
+    """Gradient of theta and alpha, computed on `device` in `dtype`: one float64 vector."""
+    theta, alpha, batch, labels = equations()
+
+    def moved(value):
+        return value.detach().to(device, dtype)
+    theta, alpha = ({name: moved(value).requires_grad_() for name, value in part.items()}
+                    for part in (theta, alpha))
+    batch = {name: moved(value) for name, value in batch.items()}
+    meta_loss(theta, alpha, batch, {"adapted": [moved(x) for x in labels["adapted"]]})[0].backward()
+    gradients = [value.grad for value in (*theta.values(), *alpha.values())]
+    return torch.cat([g.flatten().double().cpu() for g in gradients if g is not None])
+
+
+@pytest.mark.parametrize("device, dtype, error", [
+    ("cpu", torch.float32, 1e-5), ("cuda", torch.float64, 1e-10), ("cuda", torch.float32, 1e-5)])
+def test_meta_gradient_in_single_precision_and_on_a_gpu(device, dtype, error):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+    expected = meta_gradient("cpu", torch.float64)
+    assert relative_error(meta_gradient(device, dtype), expected) <= error

@@ -71,7 +71,7 @@ ABLATIONS = {
         "experts: white noise": {"expert_noise_correlation": 0.0},
         "experts: one-step targets": {"expert_return_steps": 1},
         "short imitation": {"imitation_steps": 300},
-        "weak pre-update loss": {"pre_update_imitation": 0.3},
+        "strong pre-update loss": {"pre_update_imitation": 1.0},
     },
     "door": {
         "recipe": {},
