@@ -367,8 +367,7 @@ def test_aggregation(steps):
 
 
 def test_meta_test_by_hand(steps):
-    """Two new tasks, three gradient steps: every row of both lists. Later steps are smaller.
-    """
+    """Two new tasks, three gradient steps, later ones smaller: every row of both lists."""
     adapter, problem = named(steps, "meta-test")[0], make_problem(task_set(PUSH, "held_out", 2))
     state = named(steps, "yield")[-1][0]["policy"]
     lists = evaluate(Environments(PUSH, 1), adapter, problem.tasks, 3, 4, seed=7).lists

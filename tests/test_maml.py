@@ -191,8 +191,8 @@ def test_meta_test_takes_the_steps_of_meta_training_first():
 # ---------------------------------------------------------------- the command
 def test_its_own_defaults_win_over_a_familys_and_give_way_to_options():
     """A family's settings are for GMPS. What MAML says nothing of stays the family's."""
-    def chosen(*arguments, method="maml"):
-        options = run.parse(["--method", method, *arguments])
+    def chosen(*arguments):
+        options = run.parse(["--method", "maml", *arguments])
         return run.choose_settings(options, options.task, 0)
     ant, door = chosen("--task", "ant"), chosen("--task", "door")
     assert (ant.episodes, ant.meta_batch, ant.collections) == (20, 20, 125)

@@ -238,7 +238,8 @@ def test_contexts_are_recent_trials_batches_are_not_and_rewards_are_the_tasks(sh
     A context is of one trial, that of its task or, relabelled, maybe of another. Of a half that may
     be of any task, one in three is the task's own.
     """
-    settings = changed(relabelled=share, task_batch=4000, context_batch=3000, context_next="yes")
+    settings = changed(relabelled=share, task_batch=4000, context_batch=3000, context_next="yes",
+                       expert_discount=0.95)
     learner, kept = collected(settings, collections=3)
     place = {np.float32(part["actions"][task, t]).tobytes(): (k, task, t)
              for k, part in enumerate(kept) for task in range(3)
@@ -267,8 +268,7 @@ def test_contexts_are_recent_trials_batches_are_not_and_rewards_are_the_tasks(sh
             expected * (1 - expected) / 4000)
     ended = [kept[k]["terminated"][s] and t == kept[k]["mask"][s].sum() - 1
              for k, s, t in zip(*found(batch["action"][1], batch["reward"][1], some[1]))]
-    assert np.array_equal(batch["terminated"][1], ended) and np.allclose(
-        batch["discount"], settings.expert_discount)
+    assert np.array_equal(batch["terminated"][1], ended) and np.allclose(batch["discount"], 0.95)
     sources = set()
     for _ in range(8):
         for c, task in zip(context, some):

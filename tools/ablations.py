@@ -1,7 +1,7 @@
 """Undo one deviation at a time, and measure what that costs.
 
     python tools/ablations.py --task push --seeds 3     # runs what is missing, two at a time
-    python tools/ablations.py --task push --jobs 16    # sixteen at a time, for 16 cores
+    python tools/ablations.py --task push --jobs 16     # sixteen at a time, for 16 cores
     python tools/ablations.py --show                    # a table and a picture of what is there
 
 Every run is `run.py` on one thread with one setting changed. What leaves the experts alone takes
