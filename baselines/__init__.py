@@ -61,3 +61,11 @@ def load(name: str):
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
     return importlib.import_module(METHODS[name])
+
+
+def refuse_images(family, settings) -> None:
+    """For a method whose networks take numbers alone: UserError if the policy would see images."""
+    from checkpoints import UserError  # which imports this package itself
+    if family.image_shape:
+        raise UserError(f"--method {settings.method} sees no images: choose another task than "
+                        f"{family.name}")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import settings as settings_module
-from baselines import recurrent
+from baselines import recurrent, refuse_images
 from baselines.recurrent import (
     Adapter,
     Learner,
@@ -28,7 +28,6 @@ from baselines.recurrent import (
     joined,
     mean_over,
     play_trials,
-    refuse_images,
     some_trials,
 )
 from checkpoints import UserError

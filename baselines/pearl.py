@@ -21,7 +21,7 @@ import torch
 
 import settings as settings_module
 from advantages import return_and_distance
-from checkpoints import UserError
+from baselines import refuse_images
 from local_policies import Replay
 from policy import CorrelatedNoise, normalised
 from sac import SoftActorCritic, init_mlp, mlp, squashed_mean, squashed_sample
@@ -30,7 +30,7 @@ from settings import one_of, random_streams, within
 
 @dataclass(frozen=True)
 class Settings(settings_module.Settings):
-    collections: int = within(150, 1, 10_000, "*each: episodes on all tasks, then gradient steps")
+    collections: int = within(75, 1, 10_000, "*each: episodes on all tasks, then gradient steps")
     meta_batch: int = within(16, 1, 1000, "*tasks per gradient step")
     learning_rate: float = within(1e-3, 1e-7, 1.0, "*of all networks, Adam's [release: 3e-4]")
     latent: int = within(5, 1, 1000, "*numbers in z")
@@ -51,8 +51,7 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
 
     UserError where the policy must see images. FloatingPointError when a loss is not finite.
     """
-    if problem.family.image_shape:
-        raise UserError(f"pearl does not see images: {problem.family.name} needs another method")
+    refuse_images(problem.family, settings)
     learner = Learner(problem, settings, state)
     while learner.begin_collection():                                  # line 2
         collect(learner, problem)                                      # lines 3 to 10

@@ -19,7 +19,7 @@ import torch
 
 import settings as settings_module
 from advantages import return_and_distance
-from checkpoints import UserError
+from baselines import refuse_images
 from policy import CorrelatedNoise, detached, normalised, set_rates, uniform
 from settings import random_streams
 
@@ -28,7 +28,7 @@ from settings import random_streams
 class Settings(settings_module.Settings):
     """The reward in the input is scaled as for the experts, by `expert_reward_scale`."""
     iterations: int = settings_module.within(
-        600, 1, 1_000_000, "*iterations: trials on all training tasks, then gradient steps")
+        333, 1, 1_000_000, "*iterations: trials on all training tasks, then gradient steps")
     trials: int = settings_module.within(5, 1, 10_000, "*trials per training task and iteration")
     trial_episodes: int = settings_module.within(
         3, 1, 1000, "*E, episodes of a trial: memory lasts from one to the next")
@@ -88,12 +88,6 @@ class Policy(Network):
 def input_size(family) -> int:
     """Observation, action, reward, flag."""
     return family.observation_size + family.action_size + 2
-
-
-def refuse_images(family, settings: Settings) -> None:
-    if family.image_shape:
-        raise UserError(f"--method {settings.method} sees no images: choose another task than "
-                        f"{family.name}")
 
 
 # ---------------------------------------------------------------- acting, and meta-test

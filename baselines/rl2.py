@@ -20,7 +20,7 @@ import torch
 
 import settings as settings_module
 from advantages import discounted_sum
-from baselines import recurrent
+from baselines import recurrent, refuse_images
 from baselines.recurrent import (
     Adapter,
     Learner,
@@ -30,7 +30,6 @@ from baselines.recurrent import (
     joined,
     mean_over,
     play_trials,
-    refuse_images,
     some_trials,
 )
 from settings import random_streams

@@ -21,7 +21,7 @@ import torch
 
 import settings as settings_module
 from advantages import baseline_products, policy_gradient_batch
-from checkpoints import UserError
+from baselines import refuse_images
 from gmps import inner_loss
 from local_policies import Replay, expert_input
 from policy import Actor, CorrelatedNoise, detached, init_policy, set_rates
@@ -43,8 +43,7 @@ class Settings(settings_module.Settings):
 
 def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
     """Nothing. It yields once, asks no expert and rolls out nothing."""
-    if problem.family.image_shape:
-        raise UserError(f"scratch learns from numbers, and {problem.family.name} shows images")
+    refuse_images(problem.family, settings)
     if state is None:
         state = {"policy": {}, "training": None}
         yield state, {"iteration": 1, "progress": 1.0, "env_steps": 0}
