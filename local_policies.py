@@ -241,27 +241,28 @@ class Demonstrations:
     """D*_i: labelled states of each task, observations (n, M, obs) and actions (n, M, act).
 
     `mask` (n, M): which states were visited; the rest is padding after an early end. If the policy
-    sees images, `observations` are the numbers beside them, and `images` has shape (n, M, rows,
-    columns, 3), uint8. `freeze` computes `inputs` (n, M, F), what the policy's MLP sees. From then
-    on more states can be added.
+    sees images (n, M, rows, columns, 3), uint8, `observations` are the numbers beside them, and
+    `states` (n, M, state), if known, are what the experts see. `freeze` computes `inputs` (n, M,
+    F), what the policy's MLP sees. Then more can be added.
     """
 
     def __init__(self, observations: np.ndarray, actions: np.ndarray,
-                 images: np.ndarray | None = None, mask: np.ndarray | None = None):
-        if mask is None:
-            mask = np.ones(actions.shape[:2], bool)
+                 images: np.ndarray | None = None, mask: np.ndarray | None = None,
+                 states: np.ndarray | None = None):
+        mask = np.ones(actions.shape[:2], bool) if mask is None else mask
         if observations.ndim != 3 or actions.ndim != 3 or not (
                 observations.shape[:2] == actions.shape[:2] == mask.shape):
             raise ValueError("demonstrations need observations (n, M, obs), actions (n, M, act) "
                              f"and mask (n, M), not {observations.shape}, {actions.shape} and "
                              f"{mask.shape}")
-        if images is not None and images.shape[:2] != actions.shape[:2]:
-            raise ValueError(f"demonstrations have {actions.shape[:2]} actions and "
-                             f"{images.shape[:2]} images")
+        for name, hidden in (("images", images), ("states", states)):
+            if hidden is not None and hidden.shape[:2] != actions.shape[:2]:
+                raise ValueError(f"demonstrations have {actions.shape[:2]} actions and "
+                                 f"{hidden.shape[:2]} {name}")
         if not mask.any(1).all():
             raise ValueError("demonstrations lack a visited state for some task")
-        self.observations, self.actions, self.images = observations, actions, images
-        self.inputs = None
+        self.observations, self.actions = observations, actions
+        self.images, self.states, self.inputs = images, states, None
         self._set_mask(mask)
 
     def _set_mask(self, mask):
@@ -303,7 +304,8 @@ class Demonstrations:
         """`count` random labelled states of each task index in `tasks` (m,).
 
         Returns network inputs (m, count, F) and expert actions (m, count, act). Before `freeze`
-        observations take the inputs' place, and images (m, count, rows, columns, 3) follow.
+        observations take the inputs' place, and images (m, count, rows, columns, 3) and states
+        (m, count, state) follow where there are any.
         """
         task = tasks[:, None]
         count_of = self.mask.sum(1)[task]
@@ -311,17 +313,19 @@ class Demonstrations:
         action = torch.as_tensor(self.actions[task, index], dtype=torch.float32).to(device)
         if self.inputs is not None:
             return self.inputs[torch.as_tensor(task), torch.as_tensor(index)], action
-        image = []
-        if self.images is not None:
-            image = [torch.as_tensor(self.images[task, index]).to(device)]
         observation = normalised(family, self.observations[task, index]).to(device)
-        return observation, action, *image
+        hidden = []
+        if self.images is not None:
+            hidden += [torch.as_tensor(self.images[task, index]).to(device)]
+        if self.states is not None:
+            hidden += [normalised(family.expert_family, self.states[task, index]).to(device)]
+        return observation, action, *hidden
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """By name, images only where there are any."""
-        images = {} if self.images is None else {"images": self.images}
-        return {"observations": self.observations, "actions": self.actions, "mask": self.mask,
-                **images}
+        """By name, without those that there are none of."""
+        found = {name: getattr(self, name)
+                 for name in ("observations", "actions", "mask", "images", "states")}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def make_demonstrations(env, experts: ExpertFunction, tasks: np.ndarray,
@@ -345,11 +349,10 @@ def make_demonstrations(env, experts: ExpertFunction, tasks: np.ndarray,
     def by_task(name):
         x = episodes[name][:, :-1]  # the last observation has no action
         return x.reshape(n, -1, *x.shape[2:])
-    images = by_task("images") if env.family.image_shape else None
-    labels = experts(by_task("observations" if images is None else "states"), tasks)
+    hidden = {name: by_task(name) for name in ("images", "states") if name in episodes}
+    labels = experts(by_task("states" if hidden else "observations"), tasks)
     mask = episodes["mask"].reshape(n, -1) > 0
-    demonstrations = Demonstrations(by_task("observations"), labels, images, mask)
-    return demonstrations, int(mask.sum())
+    return Demonstrations(by_task("observations"), labels, mask=mask, **hidden), int(mask.sum())
 
 
 def save_demonstrations(file, tasks: np.ndarray, demonstrations: Demonstrations,
@@ -361,22 +364,23 @@ def save_demonstrations(file, tasks: np.ndarray, demonstrations: Demonstrations,
 def load_demonstrations(file, family) -> tuple[np.ndarray, Demonstrations, int]:
     """(tasks, demonstrations, env_steps) from an npz file; ValueError where they do not fit.
 
-    `mask` may be missing (all states visited), and `env_steps` (0).
+    `mask` (all visited), `env_steps` (0) and `states` may be missing.
     """
     with open(file, "rb") as opened:
         if not zipfile.is_zipfile(opened):
             raise ValueError("demonstrations must be an npz file, and whole")
     needed = ["tasks", "observations", "actions"] + ["images"] * bool(family.image_shape)
+    known = needed + ["states"] * bool(family.image_shape)
     with np.load(file, allow_pickle=False) as data:
-        missing = set(needed) - set(data.files)
-        if missing:
+        if missing := set(needed) - set(data.files):
             raise ValueError(f"demonstrations lack {sorted(missing)}")
-        arrays = {name: data[name] for name in needed}
+        arrays = {name: data[name] for name in known if name in data.files}
         mask = data["mask"] if "mask" in data.files else None
         env_steps = data["env_steps"] if "env_steps" in data.files else np.array(0)
     n, M = arrays["observations"].shape[:2] if arrays["observations"].ndim == 3 else (0, 0)
     wanted = {"tasks": (n, family.task_size), "observations": (n, M, family.observation_size),
-              "actions": (n, M, family.action_size), "images": (n, M, *(family.image_shape or ()))}
+              "actions": (n, M, family.action_size), "images": (n, M, *(family.image_shape or ())),
+              "states": (n, M, family.expert_family.observation_size)}
     for name, array in arrays.items():
         if array.shape != wanted[name] or not n * M:
             letters = ["n"] if name == "tasks" else ["n", "M"]

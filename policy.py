@@ -233,19 +233,29 @@ def imitate(family, demonstrations, settings: Settings, device="cpu", last: int 
 
     It is the reference "no_adaptation". Meta-training starts from such a policy [ours]: a random
     one's rewards say little about the goal. `last` > 0: imitate only the last `last` experts.
+
+    Convolutions learn here alone. With images, a linear function of what the MLP sees must also
+    tell the state that the experts see [ours], if the demonstrations hold it: actions alone leave
+    the block's place vague. Levine et al. 2016, section 5.2, train them so too.
     """
     rng, generator = random_streams(settings.seed, "imitation", 0)
     theta = {name: value.to(device).requires_grad_()
              for name, value in init_policy(family, settings, generator).items()}
-    optimiser = torch.optim.Adam(theta.values(), lr=settings.learning_rate)
+    states = family.expert_family.observation_size
+    line = torch.zeros(len(theta["w1"]) - settings.bias_vector + 1, states, device=device,
+                       requires_grad=True)
+    optimiser = torch.optim.Adam([*theta.values(), line], lr=settings.learning_rate)
     n = len(demonstrations.actions)
     tasks = np.arange(n - last if last else 0, n)
     count = settings.imitation_batch * n // len(tasks)  # as many labels for few tasks as for all
     for step in range(settings.imitation_steps):
         set_rates(optimiser, [settings.learning_rate], step / settings.imitation_steps, final=0.0)
-        observation, action, *image = demonstrations.sample(family, rng, tasks, count, device)
-        x = features(theta, observation, *image)
+        observation, action, *hidden = demonstrations.sample(family, rng, tasks, count, device)
+        x = features(theta, observation, *hidden[:1])
         loss = imitation_loss(per_task(theta, len(tasks)), x, action, settings)
+        for state in hidden[1:]:
+            told = x @ line[:-1] + line[-1]
+            loss = loss + settings.state_weight * (told - state).square().sum(-1).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -220,29 +220,65 @@ def test_demonstrations_show_images_and_are_labelled_from_the_state(environments
     """Frozen, they give the features of those same images."""
     env, settings = environments(2), dataclasses.replace(SMALL, demonstration_episodes=1)
     demonstrations, env_steps = make_demonstrations(env, scripted_expert, TASKS, settings)
-    observations, actions, _, images = demonstrations.arrays().values()
+    observations, actions, _, images, states = demonstrations.arrays().values()
     assert observations.shape == actions.shape == (2, 50, 3) and env_steps == 100
 
     def expert(observation, last):
         return scripted_expert(env.expert_observation[:, None], TASKS)[:, 0]
     replayed = rollout(env, expert, TASKS, keep_images=True)
     assert np.array_equal(replayed["images"][:, :-1], images)
+    assert np.array_equal(replayed["states"][:, :-1], states)
     assert np.array_equal(replayed["actions"], actions)
     assert np.array_equal(replayed["observations"][:, :-1], observations)
 
     def sample():
         return demonstrations.sample(VISION, np.random.default_rng(0), np.array([1]), 7)
-    observation, action, image = sample()
+    observation, action, image, state = sample()
     where = [int(np.flatnonzero((actions[1] == a).all(1) & (images[1] == i).all((1, 2, 3)))[0])
              for a, i in zip(action[0].numpy(), image[0].numpy())]
     assert torch.equal(observation[0], policy.normalised(VISION, observations[1, where]))
+    assert torch.equal(state[0], policy.normalised(PUSH, states[1, where]))
     theta = policy.init_policy(VISION, SMALL, torch.Generator().manual_seed(0))
     demonstrations.freeze(VISION, theta)
     x, same_action = sample()
     assert torch.allclose(x, policy.features(theta, observation, image), rtol=1e-5, atol=1e-6)
     assert torch.equal(same_action, action)
-    with pytest.raises(ValueError, match="images"):
-        Demonstrations(observations, actions, images[:, 1:])
+    for fault in ({"images": images[:, 1:]}, {"images": images, "states": states[:, 1:]}):
+        with pytest.raises(ValueError, match=[*fault][-1]):
+            Demonstrations(observations, actions, **fault)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_imitation_tells_the_state_behind_the_image(known):
+    """The same numbers as a torch.nn.Linear beside the policy gives; none without states."""
+    rng, settings = np.random.default_rng(0), dataclasses.replace(SMALL, imitation_steps=3)
+    shapes = {"observations": (3,), "actions": (3,), "images": (48, 64, 3), "states": (6,)}
+    arrays = {name: rng.uniform(-1, 1, (2, 4, *shape)) for name, shape in shapes.items()}
+    arrays["images"] = rng.integers(0, 256, arrays["images"].shape, dtype=np.uint8)
+    if not known:
+        del arrays["states"]
+    demonstrations = Demonstrations(**arrays)
+    found = policy.imitate(VISION, demonstrations, settings)
+
+    draws, generator = random_streams(settings.seed, "imitation", 0)
+    theta = policy.init_policy(VISION, settings, generator)
+    linear = torch.nn.Linear(32 + 3, 6)
+    torch.nn.init.zeros_(linear.weight), torch.nn.init.zeros_(linear.bias)
+    optimiser = torch.optim.Adam(
+        [*(value.requires_grad_() for value in theta.values()), *linear.parameters()])
+    for step in range(3):
+        optimiser.param_groups[0]["lr"] = settings.learning_rate * (1 - step / 3)
+        hand, action, image, *state = demonstrations.sample(VISION, draws, np.arange(2), 5)
+        x = policy.features(theta, hand, image)
+        loss = imitation_loss(policy.per_task(theta, 2), x, action, settings)
+        if known:
+            error = torch.nn.functional.mse_loss(linear(x), state[0])
+            loss = loss + settings.state_weight * 6 * error
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for name, value in theta.items():
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
 
 
 def test_meta_training_from_image_demonstrations_resumes_with_the_same_bits(environments):
