@@ -34,7 +34,7 @@ class Settings(settings_module.Settings):
     meta_batch: int = within(16, 1, 1000, "*tasks per gradient step")
     learning_rate: float = within(1e-3, 1e-7, 1.0, "*of all networks, Adam's [release: 3e-4]")
     latent: int = within(5, 1, 1000, "*numbers in z")
-    kl_weight: float = within(0.1, 0.0, 1e6, "*beta, of the divergence from the prior")
+    kl_weight: float = within(0.001, 0.0, 1e6, "*beta, of the divergence from the prior")
     trial_episodes: int = within(4, 1, 1000, "*K, episodes per training task and collection")
     updates_per_step: float = within(0.1125, 1e-6, 100.0, "*gradient steps per environment step")
     task_batch: int = within(32, 1, 65536, "transitions per task and gradient step")
