@@ -26,14 +26,11 @@ import torch
 import baselines
 import settings as settings_module
 from local_policies import Demonstrations, load_demonstrations
+from settings import UserError
 from tasks.base import TaskFamily, check_tasks
 
 FORMAT = "gmps checkpoint 4"  # raise the number when old files can no longer be read
 DIGEST = b"sha256:"           # then 64 hexadecimal digits, at the end of a checkpoint
-
-
-class UserError(Exception):
-    """Something the user can mend: printed as one line, exit code 2."""
 
 
 # ---------------------------------------------------------------- writing

@@ -20,7 +20,6 @@ from tqdm import tqdm
 import baselines
 from checkpoints import (
     Journal,
-    UserError,
     load_checkpoint,
     read_demonstrations,
     write_atomically,
@@ -44,6 +43,7 @@ from local_policies import (
     save_demonstrations,
     train_experts,
 )
+from settings import UserError
 from tasks import make_family, task_set
 from tasks.base import TaskFamily
 from tools.pictures import draw_film, draw_plot

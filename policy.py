@@ -255,7 +255,7 @@ def imitate(family, demonstrations, settings: Settings, device="cpu", last: int 
         loss = imitation_loss(per_task(theta, len(tasks)), x, action, settings)
         for state in hidden[1:]:
             told = x @ line[:-1] + line[-1]
-            loss = loss + settings.state_weight * (told - state).square().sum(-1).mean()
+            loss = loss + STATE_WEIGHT * (told - state).square().sum(-1).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -273,6 +273,7 @@ FILTERS = 16
 KEYPOINTS = 2 * FILTERS  # numbers: x and y of one point per filter
 CONVOLUTIONS = ((3, 5, 3), (FILTERS, 3, 3), (FILTERS, 3, 1))  # channels, kernel, stride [release]
 SHARPNESS = 10.0  # of the soft-argmax [ours]: points spread over the image from the start
+STATE_WEIGHT = 10.0  # in imitation, of telling the state behind an image [ours]
 CHUNK = 500       # images at a time: intermediate results then fit into a processor's cache
 
 

@@ -30,7 +30,6 @@ import baselines
 import settings as settings_module
 from baselines import METHODS
 from checkpoints import (
-    UserError,
     commit,
     load_checkpoint,
     locked,
@@ -50,6 +49,7 @@ from phases import (
     result_of,
     train_and_test,
 )
+from settings import UserError
 from tasks import TASKS, make_family, task_set
 from tasks.rendering import Camera, NoOpenGL
 from tools.pictures import draw_extrapolation

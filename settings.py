@@ -15,6 +15,10 @@ import numpy as np
 import torch
 
 
+class UserError(Exception):
+    """Something the user can mend: printed as one line, exit code 2."""
+
+
 def within(default, low, high, help):
     """A number between low and high. A "*" in front of its help marks a usual one."""
     return field(default=default, metadata={"low": low, "high": high, "help": help})
@@ -106,8 +110,6 @@ class Settings:
     # ---- Meta-training (gmps.py)
     imitation_steps: int = within(
         300, 0, 1_000_000, "gradient steps of imitation before meta-training [ours; release: none]")
-    state_weight: float = within(
-        10.0, 0.0, 1e6, "weight, in that imitation, of telling the state behind an image [ours]")
     imitation_batch: int = within(200, 1, 100_000, "labelled states per task and meta-step")
     collections: int = within(3, 1, 10_000, "*passes through step 3 of the algorithm")
     meta_steps: int = within(1000, 1, 10_000, "*Adam steps on one collection [release: 300 to 500]")
@@ -151,7 +153,7 @@ PAPER = dict(
     observations="raw", init_std=1.0, noise="independent", noise_hold=1, episodes=20,
     shared_episodes=0, init_step_size=0.5, later_steps=1.0, adapt_std="yes",
     discount=0.99, gae_lambda=1.0, baseline="squares", advantage_scale="per task", max_weight=1e30,
-    imitation_steps=0, state_weight=0.0, collections=20, meta_steps=300, meta_batch=1000,
+    imitation_steps=0, collections=20, meta_steps=300, meta_batch=1000,
     imitated_action="mean", learning_rate=1e-3, step_size_learning_rate=1e-3, final_rate=1.0,
     clip_norm=1e6, pre_update_imitation=0.0, pre_update_tasks=0)
 

@@ -43,6 +43,8 @@ A method is a module with three names:
 """
 import importlib
 
+from settings import UserError
+
 METHODS = {
     "gmps": "gmps",
     "multitask": "baselines.multitask",
@@ -65,7 +67,6 @@ def load(name: str):
 
 def refuse_images(family, settings) -> None:
     """For a method whose networks take numbers alone: UserError if the policy would see images."""
-    from checkpoints import UserError  # which imports this package itself
     if family.image_shape:
         raise UserError(f"--method {settings.method} sees no images: choose another task than "
                         f"{family.name}")

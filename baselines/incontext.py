@@ -30,9 +30,8 @@ from baselines.recurrent import (
     play_trials,
     some_trials,
 )
-from checkpoints import UserError
 from policy import imitated
-from settings import random_streams
+from settings import UserError, random_streams
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from checkpoints import UserError
 from local_policies import Experts
-from settings import Settings
+from settings import Settings, UserError
 from tasks import make_family
 
 

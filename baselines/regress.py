@@ -19,9 +19,8 @@ import torch
 
 import settings as settings_module
 from baselines import oracle
-from checkpoints import UserError
 from policy import CorrelatedNoise
-from settings import one_of, within
+from settings import UserError, one_of, within
 
 TOLERANCE = 1e-9  # goals explain rewards alike that differ by less, in shares of their square
 CHUNK = 10 ** 6  # rewards computed at a time: bounds memory

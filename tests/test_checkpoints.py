@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import run
-from checkpoints import UserError, load_checkpoint, save_checkpoint, write_json
-from settings import Settings
+from checkpoints import load_checkpoint, save_checkpoint, write_json
+from settings import Settings, UserError
 from tests.conftest import ARGUMENTS, PUSH, refused, result_of, start
 
 CHILDREN = multiprocessing.get_context("forkserver")

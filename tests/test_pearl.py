@@ -8,10 +8,9 @@ import torch
 
 import sac
 from baselines import pearl
-from checkpoints import UserError
 from envs import Environments
 from evaluate import evaluate
-from settings import random_streams
+from settings import UserError, random_streams
 from tasks import make_family, task_set
 from tests.conftest import (
     ARGUMENTS,

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from baselines import incontext, recurrent, rl2
-from checkpoints import UserError
 from evaluate import evaluate
-from settings import random_streams
+from settings import UserError, random_streams
 from tests.conftest import (
     ARGUMENTS,
     FRAGILE,

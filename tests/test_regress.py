@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from baselines import oracle, regress
-from checkpoints import UserError
 from envs import Environments
 from evaluate import by_round, evaluate
 from local_policies import Experts
 from phases import policy_family
 from sac import SoftActorCritic
+from settings import UserError
 from tasks import make_family, task_set
 from tasks.base import TaskFamily
 from tests.conftest import PUSH, make_problem, push_north, replay, through_bytes

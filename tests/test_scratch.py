@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from baselines import scratch
-from checkpoints import UserError
 from evaluate import by_round, evaluate, mean_of
 from local_policies import Replay, expert_input
+from settings import UserError
 from tasks import make_family
 from tests.conftest import PUSH, make_problem, with_policy_gradient
 from tests.point_task import PointEnvironments, PointGoal

@@ -273,7 +273,7 @@ def test_imitation_tells_the_state_behind_the_image(known):
         loss = imitation_loss(policy.per_task(theta, 2), x, action, settings)
         if known:
             error = torch.nn.functional.mse_loss(linear(x), state[0])
-            loss = loss + settings.state_weight * 6 * error
+            loss = loss + policy.STATE_WEIGHT * 6 * error
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -17,8 +17,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
-from checkpoints import UserError, write_atomically
+from checkpoints import write_atomically
 from evaluate import LEVELS, by_round, closing_counts, closing_table, mean_of, update_word
+from settings import UserError
 from tasks import TASKS, load
 from tools import ablations
 from tools.intervals import spread
