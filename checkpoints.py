@@ -171,6 +171,7 @@ class Journal:
         self.env_steps = {"experts": 0, "meta_training": 0}
         self.wall_seconds = {"experts": 0.0, "meta_training": 0.0}
         self.commits, self.divergences = {}, {}
+        self.track = None  # called with all rows whenever there is a new one: tools/track.py
         self.phase, self.since = None, time.perf_counter()
 
     @contextlib.contextmanager
@@ -209,6 +210,8 @@ class Journal:
         self.divergences[phase] = (self.divergences.get(phase, 0)
                                    + metrics.get("divergences", 0))
         self.rows.append({"phase": phase} | metrics)
+        if self.track is not None:
+            self.track(self.rows)
 
     def counts(self) -> dict:
         self.tick()

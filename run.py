@@ -53,6 +53,7 @@ from settings import UserError
 from tasks import TASKS, make_family, task_set
 from tasks.rendering import Camera, NoOpenGL
 from tools.pictures import draw_extrapolation
+from tools.track import TRACKERS, check_installed, tracking
 
 
 # ---------------------------------------------------------------- options
@@ -85,6 +86,7 @@ def make_parser(method: str) -> Parser:
     option("--threads", type=int, default=cpu_count(),
            help="of simulator and networks (default: all cores that this process may use)")
     option("--quick", action="store_true", help="every phase on tiny budgets, under a minute")
+    option("--track", choices=tuple(TRACKERS), help="also send the rows of metrics.csv there")
     option("--set", action="append", default=[], metavar="NAME=VALUE",
            help="change a setting; they are listed below")
     option("--evaluate", type=Path, metavar="DIR", help="adapt the policy in DIR, train nothing")
@@ -122,7 +124,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("goals", "gradient_steps", "rollouts", "extrapolate"):
         if training and getattr(options, name) not in (None, False):
             raise UserError(f"{flag(name)} goes with --evaluate DIR: train without it")
-    for name in ("quick", "set", "seeds", "reward", "experts", "demos", "preset"):
+    for name in ("quick", "set", "seeds", "reward", "experts", "demos", "preset",
+                 "track"):
         if not training and getattr(options, name):
             raise UserError(f"{flag(name)} is for training: leave it out beside --evaluate")
     # Options that contradict each other.
@@ -136,6 +139,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError("--demos asks no experts: leave --experts out")
     if options.extrapolate and options.goals:
         raise UserError("--extrapolate has its own goals: leave --goals out")
+    check_installed(options.track)
     try:  # allocate, since torch.device("cuda") succeeds where there is no GPU
         if torch.device(options.device).type not in ("cpu", "cuda"):
             raise RuntimeError
@@ -257,7 +261,9 @@ def train(options) -> None:
                 if several and (out / "result.json").exists():
                     print("finished before")
                 else:
-                    train_one(Problem(settings, out, options.device, options.threads, demos))
+                    problem = Problem(settings, out, options.device, options.threads, demos)
+                    with tracking(options.track, settings, label, out) as problem.journal.track:
+                        train_one(problem)
 
 
 def train_one(problem: Problem) -> None:
