@@ -246,11 +246,8 @@ def train(options) -> None:
     chosen = {task: choose_settings(options, task, options.seed, demos) for task in tasks}
     for task in tasks:
         for seed in seeds:
-            # The folder says all that tells one run from another, but for --set.
             settings = dataclasses.replace(chosen[task], seed=seed)
-            label = method_label(settings, make_family(task))
-            folder = f"seed{seed}" + "_quick" * options.quick
-            out = options.out or Path("runs") / task / label / folder
+            out = options.out or Path("runs") / usual_folder(settings, options.quick)
             if options.out and several:
                 out = options.out / task / f"seed{seed}"
             if several:
@@ -262,8 +259,14 @@ def train(options) -> None:
                     print("finished before")
                 else:
                     problem = Problem(settings, out, options.device, options.threads, demos)
-                    with tracking(options.track, settings, label, out) as problem.journal.track:
+                    with tracking(options.track, settings, out) as problem.journal.track:
                         train_one(problem)
+
+
+def usual_folder(settings: settings_module.Settings, quick: bool) -> Path:
+    """TASK/METHOD/seedSEED: all that tells one run from another, but for --set."""
+    label = method_label(settings, make_family(settings.task))
+    return Path(settings.task) / label / (f"seed{settings.seed}" + "_quick" * quick)
 
 
 def train_one(problem: Problem) -> None:

@@ -71,8 +71,8 @@ def test_tracker_gets_each_row_once_when_it_comes(finished, tmp_path, monkeypatc
     """And nothing of it is in the run's files."""
     sent, out = [], tmp_path / "out"
 
-    def rows_so_far(settings, label, folder):
-        assert (settings.task, label, folder) == ("push", "gmps", out)
+    def rows_so_far(settings, folder):
+        assert (settings.task, folder) == ("push", out)
         return track.contextlib.nullcontext(
             lambda row, number: sent.append((number, row["phase"], row["iteration"])))
     monkeypatch.setitem(track.TRACKERS, "tensorboard", rows_so_far)

@@ -27,12 +27,12 @@ def check_installed(name: str | None) -> None:
 
 
 @contextlib.contextmanager
-def tracking(name: str | None, settings, label: str, out: Path) -> Iterator[Callable | None]:
+def tracking(name: str | None, settings, out: Path) -> Iterator[Callable | None]:
     """What the journal calls with all rows of metrics whenever there is a new one. None: nobody."""
     if name is None:
         yield None
         return
-    with TRACKERS[name](settings, label, out) as write:
+    with TRACKERS[name](settings, out) as write:
         broken = False
 
         def track(rows):
@@ -55,7 +55,7 @@ def numbers(row: dict) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def to_tensorboard(settings, label: str, out: Path) -> Iterator[Callable]:
+def to_tensorboard(settings, out: Path) -> Iterator[Callable]:
     """A curve per metric and phase, over the phase's iterations."""
     from torch.utils.tensorboard import SummaryWriter
     writers = {}
@@ -77,7 +77,7 @@ def to_tensorboard(settings, label: str, out: Path) -> Iterator[Callable]:
 
 
 @contextlib.contextmanager
-def to_wandb(settings, label: str, out: Path) -> Iterator[Callable]:
+def to_wandb(settings, out: Path) -> Iterator[Callable]:
     """A chart "phase/metric" per metric and phase, over the number of the row in metrics.csv."""
     import wandb
     folder = out / "wandb"
@@ -89,7 +89,7 @@ def to_wandb(settings, label: str, out: Path) -> Iterator[Callable]:
     quiet = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
     try:
         session = wandb.init(project="gmps", id=name.read_text(), resume="allow", dir=str(out),
-                             name=f"{settings.task} {label} seed {settings.seed}",
+                             name=f"{settings.task} {settings.method} seed {settings.seed}",
                              config=dataclasses.asdict(settings), settings=quiet)
     except wandb.Error as error:
         raise UserError(f"wandb: {str(error).splitlines()[0]} (WANDB_MODE=offline needs no "
