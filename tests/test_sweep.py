@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -177,7 +178,8 @@ def stand_in(tmp_path, monkeypatch):
     return write
 
 
-def test_a_try_logs_the_run_and_returns_its_last_line(stand_in):
+def test_a_try_logs_the_run_and_returns_its_last_line(stand_in, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     out = stand_in("import os, sys\nprint('threads', os.environ['OMP_NUM_THREADS'])\n"
                    "print('bar 1\\rbar 2', file=sys.stderr)\nsys.exit(sys.argv[1])")
     assert sweep.attempt(["error: no experts\n"], out, "sign", 0) == "error: no experts"
@@ -312,6 +314,13 @@ def test_failed_runs_are_named_at_the_end(capsys, monkeypatch, tmp_path):
         f"push gmps seed 1 failed: error: no ({second / 'log.txt'})"]
     fake.ends, fake.given = ["", ""], []
     assert sweep.main(command) == 0
+
+
+def test_cluster_that_is_not_there_is_one_line_at_once(capsys):
+    pytest.importorskip("ray")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    assert f"no Ray cluster at {address}" in refused(capsys, "--address", address)
 
 
 def same_but_for_time_and_place(one, two):

@@ -23,6 +23,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -259,13 +260,16 @@ def start_ray(options):
     os.environ.setdefault("RAY_worker_niceness", "0")      # else runs give way to everything else
     import ray
     quiet = dict(logging_level="ERROR", log_to_driver=False)
+    host, _, port = (options.address or "").rpartition(":")
     try:
+        if host and port.isdecimal():  # Ray itself would knock for a quarter of an hour
+            socket.create_connection((host.removeprefix("ray://"), int(port)), timeout=10).close()
         if options.address:
             ray.init(address=options.address, **quiet)
         else:
             ray.init(address="local", num_cpus=options.jobs * options.cores,
                      include_dashboard=False, object_store_memory=10 ** 8, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no Ray cluster at {options.address or 'this machine'}: "
                         f"{str(error).splitlines()[0]}") from None
     there = ray.cluster_resources()
