@@ -9,7 +9,7 @@ states per task.
 """
 import math
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -218,23 +218,21 @@ def run_experts(env, experts: ExpertFunction, tasks: np.ndarray,
     Gaussian `noise` is added to the actions of all episodes but each task's first. `aims`
     (env.num_envs, task): the task that a contextual expert is told instead of the episode's own.
     """
-    n = len(tasks)
+    by_task = len(tasks), env.num_envs // len(tasks)
 
     def act(observation, last):
         if env.family.image_shape:  # the policy sees a picture, a demonstrator the state
             observation = env.expert_observation
         if aims is None:
-            by_task = observation.reshape(n, -1, observation.shape[-1])
-            action = np.array(experts(by_task, tasks))
+            action = np.array(experts(observation.reshape(*by_task, -1), tasks))
         else:
-            action = np.array(experts(observation[:, None], aims))
-            action = action.reshape(n, -1, env.family.action_size)
+            action = np.array(experts(observation[:, None], aims)).reshape(*by_task, -1)
         if generator is not None:
             disturbance = generator.normal(0.0, noise, action[:, 1:].shape)
             action[:, 1:] += disturbance.astype(action.dtype)
         return action.reshape(env.num_envs, -1)
 
-    return rollout(env, act, np.repeat(tasks, env.num_envs // n, axis=0), keep_images=True)
+    return rollout(env, act, np.repeat(tasks, by_task[1], axis=0), keep_images=True)
 
 
 class Demonstrations:
@@ -329,8 +327,8 @@ class Demonstrations:
 
 
 def make_demonstrations(env, experts: ExpertFunction, tasks: np.ndarray,
-                        settings: Settings) -> tuple[Demonstrations, int]:
-    """Step 2: D*_i, the states that experts visit and their mean actions there; and env steps.
+                        settings: Settings) -> tuple[Demonstrations, dict]:
+    """Step 2: D*_i, the states that experts visit and their mean actions there; and the episodes.
 
     Each task's first episode has no noise. In the others noise moves the expert off its path, so
     the labels show the way back. In the last `demonstration_detours` episodes it heads for a random
@@ -352,31 +350,34 @@ def make_demonstrations(env, experts: ExpertFunction, tasks: np.ndarray,
     hidden = {name: by_task(name) for name in ("images", "states") if name in episodes}
     labels = experts(by_task("states" if hidden else "observations"), tasks)
     mask = episodes["mask"].reshape(n, -1) > 0
-    return Demonstrations(by_task("observations"), labels, mask=mask, **hidden), int(mask.sum())
+    return Demonstrations(by_task("observations"), labels, mask=mask, **hidden), episodes
 
 
-def save_demonstrations(file, tasks: np.ndarray, demonstrations: Demonstrations,
-                        env_steps: int) -> None:
+def save_demonstrations(file, tasks, demonstrations: Demonstrations, env_steps: int) -> None:
     """npz with tasks (n, task), the arrays of `Demonstrations`, and the env steps they took."""
     np.savez_compressed(file, tasks=tasks, env_steps=env_steps, **demonstrations.arrays())
 
 
 def load_demonstrations(file, family) -> tuple[np.ndarray, Demonstrations, int]:
-    """(tasks, demonstrations, env_steps) from an npz file; ValueError where they do not fit.
-
-    `mask` (all visited), `env_steps` (0) and `states` may be missing.
-    """
+    """`check_demonstrations` of an npz file, which may also lack `env_steps`."""
     with open(file, "rb") as opened:
         if not zipfile.is_zipfile(opened):
             raise ValueError("demonstrations must be an npz file, and whole")
+    with np.load(file, allow_pickle=False) as data:
+        return check_demonstrations(data, family)
+
+
+def check_demonstrations(data: Mapping, family) -> tuple[np.ndarray, Demonstrations, int]:
+    """(tasks, demonstrations, env_steps) from arrays by name; ValueError where they do not fit.
+
+    `mask` (all visited), `env_steps` (0) and `states` may be missing.
+    """
     needed = ["tasks", "observations", "actions"] + ["images"] * bool(family.image_shape)
     known = needed + ["states"] * bool(family.image_shape)
-    with np.load(file, allow_pickle=False) as data:
-        if missing := set(needed) - set(data.files):
-            raise ValueError(f"demonstrations lack {sorted(missing)}")
-        arrays = {name: data[name] for name in known if name in data.files}
-        mask = data["mask"] if "mask" in data.files else None
-        env_steps = data["env_steps"] if "env_steps" in data.files else np.array(0)
+    if missing := set(needed) - set(data):
+        raise ValueError(f"demonstrations lack {sorted(missing)}")
+    arrays = {name: data[name] for name in known if name in data}
+    mask, env_steps = data.get("mask"), data.get("env_steps", np.array(0))
     n, M = arrays["observations"].shape[:2] if arrays["observations"].ndim == 3 else (0, 0)
     wanted = {"tasks": (n, family.task_size), "observations": (n, M, family.observation_size),
               "actions": (n, M, family.action_size), "images": (n, M, *(family.image_shape or ())),
@@ -396,5 +397,4 @@ def load_demonstrations(file, family) -> tuple[np.ndarray, Demonstrations, int]:
         raise ValueError(f"demonstrations: images have type {arrays['images'].dtype}, not uint8")
     if mask is not None and mask.dtype != bool or env_steps.size != 1:
         raise ValueError("demonstrations: mask must be of type bool, env_steps one number")
-    tasks = arrays.pop("tasks")
-    return tasks, Demonstrations(**arrays, mask=mask), int(env_steps)
+    return arrays.pop("tasks"), Demonstrations(**arrays, mask=mask), int(env_steps)

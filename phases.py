@@ -120,8 +120,9 @@ class Problem:
                 with self.journal.timing("experts"):
                     count = len(self.tasks) * self.settings.demonstration_episodes
                     env = make_batch(self.family, count, self.threads)
-                    made, env_steps = make_demonstrations(env, experts, self.tasks, self.settings)
+                    made, _ = make_demonstrations(env, experts, self.tasks, self.settings)
                     env.close()
+                    env_steps = int(made.mask.sum())
             else:
                 made = self.demos[1]
             write_atomically(path, lambda file: save_demonstrations(file, self.tasks, made,

@@ -270,9 +270,11 @@ def test_demonstrations_are_visited_states_with_clean_labels():
     for noise, detours in ((0.5, 1), (0.0, 1), (0.0, 9)):
         settings = Settings(demonstration_episodes=3, demonstration_noise=noise,
                             demonstration_detours=detours)
-        found, env_steps = local_policies.make_demonstrations(
+        found, episodes = local_policies.make_demonstrations(
             BatchEnv(9), scripted_expert, tasks, settings)
-        assert found.observations.shape == (3, 150, 6) and env_steps == 450 and found.mask.all()
+        assert found.observations.shape == (3, 150, 6) and found.mask.all()
+        assert np.array_equal(found.observations.reshape(9, 50, 6),
+                              episodes["observations"][:, :-1])
         assert np.array_equal(found.actions, scripted_expert(found.observations, tasks))
         paths = found.observations.reshape(3, 3, 1, 50, 6)
         goes = (paths == own).all((-1, -2))  # (task, episode, whose path)
@@ -287,9 +289,9 @@ def test_demonstrations_are_visited_states_with_clean_labels():
 def test_only_visited_states_are_sampled_and_all_of_them(recorded, tmp_path):
     """Of demonstrations with early ends, of their file, and of what step 3c adds to them."""
     tasks, env = task_set(PUSH, "train", 3), BatchEnv(9, FRAGILE)
-    demonstrations, env_steps = local_policies.make_demonstrations(
+    demonstrations, episodes = local_policies.make_demonstrations(
         env, scripted_expert, tasks, Settings(demonstration_episodes=3))
-    assert env_steps == recorded[0]["mask"].sum() < 450
+    assert episodes is recorded[0] and demonstrations.mask.sum() == episodes["mask"].sum() < 450
     actions, visited = iter(random_actions(9)), [{}, {}, {}]
     recorded.append(rollout(env, lambda *_: next(actions), np.repeat(tasks, 3, axis=0)))
 

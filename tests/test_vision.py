@@ -219,9 +219,9 @@ def test_convolutions_run_once_for_each_image_of_a_rollout_and_never_adapt(
 def test_demonstrations_show_images_and_are_labelled_from_the_state(environments):
     """Frozen, they give the features of those same images."""
     env, settings = environments(2), dataclasses.replace(SMALL, demonstration_episodes=1)
-    demonstrations, env_steps = make_demonstrations(env, scripted_expert, TASKS, settings)
+    demonstrations, episodes = make_demonstrations(env, scripted_expert, TASKS, settings)
     observations, actions, _, images, states = demonstrations.arrays().values()
-    assert observations.shape == actions.shape == (2, 50, 3) and env_steps == 100
+    assert observations.shape == actions.shape == (2, 50, 3) and episodes["images"].shape[:2] == (2, 51)
 
     def expert(observation, last):
         return scripted_expert(env.expert_observation[:, None], TASKS)[:, 0]
