@@ -250,7 +250,8 @@ def observation_space(family: MujocoFamily) -> gymnasium.Space:
 class SingleEnv(gymnasium.Env):
     """One environment: the batch of one, with gymnasium's plain API.
 
-    `reset(options={"task": task})` takes a task of shape (task_size,).
+    `reset(options={"task": task})` takes a task of shape (task_size,). Every info holds the
+    episode's own as "task", so that a recording says what its episodes were for.
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
 
@@ -267,9 +268,10 @@ class SingleEnv(gymnasium.Env):
             return {name: value[0] for name, value in observation.items()}
         return observation[0]
 
-    @staticmethod
-    def _first(info):
-        return {name: value[0].item() for name, value in info.items() if not name.startswith("_")}
+    def _first(self, info):
+        numbers = {name: value[0].item() for name, value in info.items()
+                   if not name.startswith("_")}
+        return numbers | {"task": self.batch.tasks[0].copy()}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)

@@ -166,12 +166,13 @@ def test_rollouts_are_what_one_environment_steps_by_hand_bit_for_bit(name):
     assert (other["rewards"] != whole["rewards"]).any(1).all()
     alone = SingleEnv(family)
     for row in (0, 4):
-        first, _ = alone.reset(options={"task": tasks[row]})
+        first, begun = alone.reset(options={"task": tasks[row]})
         observations, rewards, terminated, truncated, infos = zip(
             *map(alone.step, whole["actions"][row]))
         assert np.array_equal([first, *observations], whole["observations"][row])
         assert np.array_equal(rewards, whole["rewards"][row])
         assert np.array_equal([info["goal_distance"] for info in infos], whole["distances"][row])
+        assert np.array_equal([info["task"] for info in (begun, *infos)], [tasks[row]] * (T + 1))
         assert not any(terminated) and truncated == (False,) * (T - 1) + (True,)
         assert not np.array_equal(alone.step(0 * whole["actions"][0, 0])[0], first), "goes on"
 
