@@ -52,6 +52,7 @@ from phases import (
 from settings import UserError
 from tasks import TASKS, make_family, task_set
 from tasks.rendering import Camera, NoOpenGL
+from tools.minari_io import names_minari, read_minari
 from tools.pictures import draw_extrapolation
 from tools.track import TRACKERS, check_installed, tracking
 
@@ -79,7 +80,8 @@ def make_parser(method: str) -> Parser:
     option("--experts", choices=("contextual", "local"),
            help="one expert that is told the goal, or one learner per training task")
     option("--demos", type=Path, metavar="FILE",
-           help="npz with tasks, observations, actions: meta-train from demonstrations alone")
+           help="meta-train from demonstrations alone: an npz with tasks, observations, actions; "
+           "or the id or folder of a Minari dataset")
     option("--out", type=Path, help="output folder (default: runs/TASK/METHOD/seedSEED; with "
            "--evaluate: DIR/evaluation)")
     option("--device", default="cpu", help="for the networks: cpu or cuda")
@@ -226,7 +228,10 @@ def check_camera(family) -> None:
 
 def sorted_demonstrations(path: Path, task: str) -> Demos:
     """The user's demonstrations, by task: settings.pre_update_tasks counts from the last."""
-    tasks, given, _ = read_demonstrations(path, make_family(task))
+    if names_minari(path):
+        tasks, given = read_minari(path, make_family(task))
+    else:
+        tasks, given, _ = read_demonstrations(path, make_family(task))
     order = np.lexsort(tasks.T[::-1])
     return tasks[order], Demonstrations(**{name: array[order]
                                            for name, array in given.arrays().items()})

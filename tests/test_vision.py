@@ -221,7 +221,8 @@ def test_demonstrations_show_images_and_are_labelled_from_the_state(environments
     env, settings = environments(2), dataclasses.replace(SMALL, demonstration_episodes=1)
     demonstrations, episodes = make_demonstrations(env, scripted_expert, TASKS, settings)
     observations, actions, _, images, states = demonstrations.arrays().values()
-    assert observations.shape == actions.shape == (2, 50, 3) and episodes["images"].shape[:2] == (2, 51)
+    assert observations.shape == actions.shape == (2, 50, 3)
+    assert episodes["images"].shape[:2] == (2, 51)
 
     def expert(observation, last):
         return scripted_expert(env.expert_observation[:, None], TASKS)[:, 0]
