@@ -102,9 +102,10 @@ def environment(family: TaskFamily) -> dict:
     """What tells Minari the environment: itself, or its spaces where gymnasium has no id of it."""
     if isinstance(family, MujocoFamily):
         return {"env": gymnasium.make(env_id(family), reward=family.reward)}
-    box, observations, actions = gymnasium.spaces.Box, family.observation_size, family.action_size
-    return {"observation_space": box(-np.inf, np.inf, (observations,), np.float64),
-            "action_space": box(-1.0, 1.0, (actions,), np.float32)}
+    vector = make_batch(family, 1).vector
+    vector.close()
+    return {"observation_space": vector.single_observation_space,
+            "action_space": vector.single_action_space}
 
 
 def export(run: Path, dataset_id: str | None, device: str, threads: int):

@@ -138,6 +138,8 @@ def by_task(recorded: list[dict], family: TaskFamily) -> tuple[np.ndarray, Demon
     arrays = {"tasks": tasks, "mask": mask.reshape(len(tasks), -1)}
     for name in set.intersection(*map(set, recorded)) - {"task", "steps"}:
         parts = [np.asarray(episode[name]) for episode in recorded]
+        if len({rows.shape[1:] for rows in parts}) > 1:
+            raise ValueError(f"{name} have different shapes in different episodes")
         parts = np.array([rows[np.minimum(np.arange(T), len(rows) - 1)] for rows in parts])
         arrays[name] = parts[which].reshape(len(tasks), E * T, *parts.shape[2:])
     tasks, demonstrations, _ = check_demonstrations(arrays, family)
