@@ -26,6 +26,7 @@ from tests.conftest import (
     PUSH,
     refused,
     replay,
+    result_of,
     scripted_expert,
     start,
 )
@@ -329,3 +330,48 @@ def test_recording_by_minaris_collector_is_read_with_its_own_actions():
     assert np.array_equal(goals, GOALS) and found.mask.all()
     assert np.array_equal(found.actions, played.reshape(2, 50, 3))
     assert np.array_equal(found.observations, again["observations"][:, :-1])
+
+
+class ToldTheGoal(gymnasium.Wrapper):
+    """Push for another library's learner: scaled observations end with the goal."""
+
+    def __init__(self):
+        super().__init__(gymnasium.make("gmps/SawyerPush-v0"))
+        self.observation_space = BOX(-np.inf, np.inf, (8,), np.float64)
+
+    @staticmethod
+    def told(observation, goal):
+        return np.concatenate([(observation - PUSH.observation_centre) / PUSH.observation_scale,
+                               (goal - [0.0, 0.75]) / [0.1, 0.05]])
+
+    def reset(self, **options):
+        observation, info = self.env.reset(**options)
+        return self.told(observation, info["task"]), info
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        return self.told(observation, info["task"]), 0.1 * reward, terminated, truncated, info
+
+
+@pytest.mark.slow
+def test_policy_of_another_library_teaches_push(tmp_path):
+    """Stable-baselines3's SAC, told the goal, is recorded in plain push; its actions are labels.
+
+    It stops about 7 cm from its goals. Who learns from it adapts to goals that neither has seen.
+    """
+    sb3 = pytest.importorskip("stable_baselines3")
+    model = sb3.SAC("MlpPolicy", ToldTheGoal(), seed=0, learning_rate=2e-3, tau=0.02, gamma=0.95,
+                    buffer_size=12_000, learning_starts=500, batch_size=128,
+                    train_freq=(1, "episode"), gradient_steps=50, ent_coef="auto_0.1",
+                    policy_kwargs={"net_arch": [64, 64]}, device="cpu").learn(12_000)
+
+    def policy(observation, goal):
+        return model.predict(ToldTheGoal.told(observation, goal))[0]
+    record(PUSH, task_set(PUSH, "train", 20), policy, 3, "sb3/push-v0")
+    assert start("--demos", "sb3/push-v0", "--threads", 1, "--set=meta_steps=300",
+                 "--set=curve=0", "--out", "out") == 0
+    result = result_of(tmp_path / "out")
+    assert result["settings"]["training_tasks"] == 20 and result["env_steps"]["experts"] == 0
+    before, after = (np.mean([row["final_distance"] for row in result["held_out"]
+                              if row["gradient_steps"] == k]) for k in (0, 3))
+    assert after < 0.1 and after < 0.9 * before
