@@ -144,7 +144,7 @@ def read_demonstrations(path: Path, family: TaskFamily) -> tuple[np.ndarray, Dem
         return check_tasks(family, tasks), demonstrations, env_steps
     except FileNotFoundError:
         raise UserError(f"no demonstrations file {path}: --demos takes an npz with tasks, "
-                        "observations, actions") from None
+                        "observations, actions; or a Minari dataset") from None
     except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile,
             zlib.error) as error:
         reason = "it is truncated or no npz file"

@@ -17,6 +17,7 @@ from checkpoints import load_checkpoint, save_checkpoint
 from settings import Settings
 from tests.conftest import ARGUMENTS, refused, result_of, start
 from tests.test_checkpoints import EVALUATE, answer_of, timeless
+from tools import minari_export
 
 
 # ---------------------------------------------------------------- arguments and folders
@@ -123,6 +124,16 @@ def test_bad_demonstrations_file_is_refused_in_one_line(tmp_path, capsys, conten
         path.write_bytes(content)
     line = refused(capsys, *ARGUMENTS, "--demos", path, "--out", tmp_path / "out")
     assert word in line and "demos.npz" in line
+
+
+@pytest.mark.parametrize("name", ["minari", "h5py"])
+def test_without_minari_one_line_says_what_to_install(finished, capsys, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    advice = "pip install -r requirements-extra.txt"
+    assert advice in refused(capsys, *ARGUMENTS, "--demos", "x/push-v0")
+    assert minari_export.main([str(finished)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and advice in lines[0]
 
 
 def test_spoilt_demonstrations_of_a_run_are_refused_until_deleted(finished, tmp_path, capsys):

@@ -2,7 +2,6 @@
 import dataclasses
 import re
 import shutil
-import sys
 
 import gymnasium
 import numpy as np
@@ -22,7 +21,6 @@ from tests.conftest import (
     ARGUMENTS,
     BUDGET,
     FRAGILE,
-    HERE,
     PUSH,
     refused,
     replay,
@@ -288,19 +286,6 @@ def test_what_is_no_dataset_is_refused_in_one_line(tmp_path, capsys):
     assert "no demonstrations file typo" in refused(capsys, *DEMOS, "typo")
     write([episode(goal) for goal in GOALS])
     assert "hand" in refused(capsys, "--task", "push-vision", "--quick", "--demos", "other/push-v0")
-
-
-def test_without_minari_one_line_says_what_to_install(finished, capsys, monkeypatch):
-    """And nothing else needs it: the command line imports neither Minari nor h5py."""
-    for name in ("minari", "h5py"):
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, name, None)
-            assert "pip install -r requirements-extra.txt" in refused(capsys, *DEMOS, "x/push-v0")
-            assert minari_export.main([str(finished)]) == 2
-            assert "requirements-extra.txt" in capsys.readouterr().err
-            assert run.parse([]).task == "push"
-    pinned = (HERE / "requirements-extra.txt").read_text()
-    assert f"minari[hdf5,create]=={minari.__version__}" in pinned
 
 
 # ---------------------------------------------------------------- Minari's own collector
