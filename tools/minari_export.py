@@ -27,10 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 import baselines
 import settings as settings_module
-from checkpoints import UserError, read_demonstrations
+from checkpoints import read_demonstrations
 from envs import make_batch
 from local_policies import Demonstrations, make_demonstrations
 from phases import Problem, method_label, same_demonstrations
+from settings import UserError
 from tasks import make_family
 from tasks.base import MujocoFamily, TaskFamily
 from tasks.rendering import NoOpenGL

@@ -15,8 +15,8 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from checkpoints import UserError
 from local_policies import Demonstrations, check_demonstrations
+from settings import UserError
 from tasks.base import TaskFamily, check_tasks
 
 

@@ -36,8 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run as command_line
-from checkpoints import UserError, open_run
-from settings import Settings
+from checkpoints import open_run
+from settings import Settings, UserError
 
 TRIES = 5          # of a run whose node dies
 PATIENCE = 600.0   # seconds that a retry waits for the folder's lock; NFS frees a dead node's late

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from checkpoints import UserError
+from settings import UserError
 
 HIDDEN = ("phase", "progress")  # a name, and a number that metrics.csv leaves out, too
 
