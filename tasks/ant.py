@@ -188,6 +188,11 @@ class AntGoal(MujocoFamily):
         """(count, 2) goals from the training distribution."""
         return self.goals_at(generator.uniform(*self.arc, count))
 
+    def in_training_range(self, task):
+        """Near the quarter circle: to a quarter of a metre along the radius."""
+        away = np.abs(np.hypot(task[..., 0], task[..., 1]) - self.radius)
+        return (away <= 0.25) & (task >= 0).all(-1)
+
     def training_tasks(self, count):
         """(count, 2) goals spread evenly over the quarter circle, both ends included."""
         return self.goals_at(np.linspace(*self.arc, count))

@@ -66,6 +66,10 @@ class TaskFamily:
         """(count, task_size) tasks to train on, the same at every call: here a fixed draw."""
         return self.sample_tasks(np.random.default_rng(101), count)
 
+    def in_training_range(self, task: np.ndarray) -> np.ndarray:
+        """(...,) bool: which tasks (..., task_size) training covers. The live page marks others."""
+        return ((task >= self.task_low) & (task <= self.task_high)).all(-1)
+
     def reward_terms(self, outcome: np.ndarray, action: np.ndarray,
                      task: np.ndarray) -> dict[str, np.ndarray]:
         """Weighted terms (...,) whose sum is the reward of a step, for any task.
