@@ -7,6 +7,7 @@
     python run.py --task push --evaluate DIR --goals goals.npy --gradient-steps 3 --out DIR2
     python run.py --task ant --evaluate DIR --extrapolate --out DIR2    # goals outside the arc
     python run.py --task door --demos demonstrations.npz                # demonstrations alone
+    python run.py --task push --view DIR            # a page in the browser: set goals and watch
 
 A run that is started again by the same command goes on from its last checkpoint. This file is the
 command line; what happens then is in phases.py.
@@ -83,7 +84,7 @@ def make_parser(method: str) -> Parser:
            help="meta-train from demonstrations alone: an npz with tasks, observations, actions; "
            "or the id or folder of a Minari dataset")
     option("--out", type=Path, help="output folder (default: runs/TASK/METHOD/seedSEED; with "
-           "--evaluate: DIR/evaluation)")
+           "--evaluate: DIR/evaluation; with --view, for films: runs/view/TASK)")
     option("--device", default="cpu", help="for the networks: cpu or cuda")
     option("--threads", type=int, default=cpu_count(),
            help="of simulator and networks (default: all cores that this process may use)")
@@ -100,6 +101,10 @@ def make_parser(method: str) -> Parser:
            "20)")
     option("--extrapolate", action="store_true",
            help="with --evaluate: goals outside the training range, and the figure (ant)")
+    option("--view", type=Path, metavar="DIR",
+           help="serve a page on which the policy in DIR adapts to goals that you set")
+    option("--host", help="with --view: address to serve on (default 127.0.0.1, this machine only)")
+    option("--port", type=int, help="with --view: port to serve on (default 8080)")
     return parser
 
 
@@ -117,26 +122,30 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.task not in (*TASKS, "all"):
         raise UserError(f"unknown task {options.task!r}: choose one of {', '.join(TASKS)}, or all")
     for name, low, high in (("seed", 0, 2 ** 31 - 1), ("threads", 1, 1024), ("seeds", 1, 1000),
-                            ("rollouts", 2, 10_000), ("gradient_steps", 0, 1000)):
+                            ("rollouts", 2, 10_000), ("gradient_steps", 0, 1000),
+                            ("port", 0, 65535)):
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"{flag(name)} must be between {low} and {high}, not {value}")
     # Options of one command beside the other. Silence would let a user believe that they count.
-    training = options.evaluate is None
-    for name in ("goals", "gradient_steps", "rollouts", "extrapolate"):
-        if training and getattr(options, name) not in (None, False):
-            raise UserError(f"{flag(name)} goes with --evaluate DIR: train without it")
-    for name in ("quick", "set", "seeds", "reward", "experts", "demos", "preset",
-                 "track"):
-        if not training and getattr(options, name):
-            raise UserError(f"{flag(name)} is for training: leave it out beside --evaluate")
+    for command, names in (("evaluate", ("goals", "gradient_steps", "rollouts", "extrapolate")),
+                           ("view", ("host", "port"))):
+        for name in names:
+            if not getattr(options, command) and getattr(options, name) not in (None, False):
+                raise UserError(f"{flag(name)} goes with --{command} DIR: leave it out")
+    if options.evaluate and options.view:
+        raise UserError("--evaluate and --view are two commands: give one of them")
+    for name in ("quick", "set", "seeds", "reward", "experts", "demos", "preset", "track"):
+        if (options.evaluate or options.view) and getattr(options, name):
+            raise UserError(f"{flag(name)} is for training: leave it out beside --evaluate and "
+                            "--view")
     # Options that contradict each other.
     if options.seeds and options.seed:
         raise UserError("--seeds N runs seeds 0 to N - 1: leave --seed out")
-    if options.task == "all" and (options.evaluate or options.demos or options.reward
-                                  or options.experts):
-        raise UserError("--task all takes no --evaluate, --demos, --reward or --experts: name one "
-                        "task")
+    if options.task == "all" and (options.evaluate or options.view or options.demos
+                                  or options.reward or options.experts):
+        raise UserError("--task all takes no --evaluate, --view, --demos, --reward or --experts: "
+                        "name one task")
     if options.demos and options.experts:
         raise UserError("--demos asks no experts: leave --experts out")
     if options.extrapolate and options.goals:
@@ -237,7 +246,7 @@ def sorted_demonstrations(path: Path, task: str) -> Demos:
                                            for name, array in given.arrays().items()})
 
 
-# ---------------------------------------------------------------- the two commands
+# ---------------------------------------------------------------- the three commands
 def train(options) -> None:
     """The runs that the command line names, one after the other; finished ones are left alone.
 
@@ -284,21 +293,29 @@ def train_one(problem: Problem) -> None:
     train_and_test(problem)
 
 
+def load_policy(folder: Path, options):
+    """`load_adapter`, and UserError where the folder does not fit the options."""
+    if folder.is_file():
+        raise UserError(f"--{'view' if options.view else 'evaluate'} takes the folder that holds "
+                        f"policy.pt: {folder} is a file")
+    family, adapter, content = load_adapter(folder, options.device)
+    settings = content["settings"]
+    if settings.task != options.task:
+        raise UserError(f"{folder} holds a policy for {settings.task}: give --task {settings.task}")
+    if options.method not in (None, settings.method):
+        raise UserError(f"{folder} holds a policy of {settings.method}: leave --method out")
+    check_camera(family)
+    return family, adapter, content
+
+
 def evaluate_saved(options) -> None:
     """Adapt the policy in a folder to the user's goals, or to the held-out ones.
 
     The policy's own settings count, so that it explores and steps as it was trained to.
     """
     source = options.evaluate
-    if source.is_file():
-        raise UserError(f"--evaluate takes the folder that holds policy.pt: {source} is a file")
-    family, adapter, content = load_adapter(source, options.device)
+    family, adapter, content = load_policy(source, options)
     settings = content["settings"]
-    if settings.task != options.task:
-        raise UserError(f"{source} holds a policy for {settings.task}: give --task {settings.task}")
-    if options.method not in (None, settings.method):
-        raise UserError(f"{source} holds a policy of {settings.method}: leave --method out")
-    check_camera(family)
     # Which goals: those outside the training range, the user's, or the held-out ones.
     bands = family.bands()
     if options.extrapolate and not bands:
@@ -350,13 +367,28 @@ def experts_beside(folder: Path, family, content: dict, options):
     return load_experts(experts, options.device)
 
 
+def view_saved(options) -> None:
+    """A page on which the policy in a folder adapts to goals that a user sets, step by step."""
+    try:
+        from tools.view import view  # optional packages, and they take a second
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] not in ("viser", "mjviser", "trimesh"):
+            raise
+        raise UserError(f"--view needs {error.name}: pip install -r requirements-extra.txt"
+                        ) from None
+    family, adapter, content = load_policy(options.view, options)
+    settings = content["settings"]
+    title = f"**{settings.task}**, {method_label(settings, family)}"
+    view(adapter, family, title, options, settings.test_episodes)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     try:
         options = parse(arguments)
         torch.set_num_threads(options.threads)
         commit()  # ask now: files may change during a long run
-        (train if options.evaluate is None else evaluate_saved)(options)
+        (evaluate_saved if options.evaluate else view_saved if options.view else train)(options)
     except (UserError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,335 @@
+"""Tests of the live page: what it computes, its queue, what is refused, and the page itself."""
+import asyncio
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from baselines import rl2
+from baselines.recurrent import Policy
+from envs import Environments
+from evaluate import evaluate
+from phases import load_adapter
+from tasks import make_family
+from tests.conftest import FRAGILE, HERE, PUSH, refused
+from tools.view_session import Session, Stopped, Worker
+
+GOAL = np.array([0.05, 0.72])
+POLICY = HERE / "results" / "push" / "gmps" / "policy"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                None)
+
+
+@pytest.fixture
+def adapter(finished):
+    return load_adapter(finished)[1]
+
+
+@pytest.fixture
+def session(adapter):
+    return Session(PUSH, adapter, threads=1)
+
+
+def remembering():
+    """A sequential adapter: RL²'s, whose memory changes in every rollout; random weights."""
+    torch.manual_seed(0)
+    settings = rl2.Settings(method="rl2", memory=16)
+    policy = Policy(PUSH, settings, torch.Generator().manual_seed(0)).state_dict()
+    return rl2.Adapter(policy, PUSH, settings)
+
+
+# ---------------------------------------------------------------- adaptation
+@pytest.mark.parametrize("sequential", [False, True])
+def test_steps_are_those_of_evaluate(adapter, sequential):
+    """To the last digit, for the same goal and seed; and again after a restart."""
+    adapter = remembering() if sequential else adapter
+    lists = evaluate(Environments(PUSH, 1), adapter, GOAL[None], 2, 3, seed=3).lists["held_out"]
+    wanted = [(entry["return"], entry["final_distance"]) for entry in lists]
+    session = Session(PUSH, adapter, seed=3, threads=1)
+    for _ in range(2):
+        session.restart(GOAL)
+        for _ in range(2):
+            session.step(episodes=3)
+        assert [(step.total, step.distance) for step in session.steps] == wanted
+    assert len(set(wanted)) > 1, "the policy changes"
+    assert session.steps[0].rewards is None and session.steps[2].rewards.shape == (3, 50)
+    assert session.what == ("round" if sequential else "gradient step")
+
+
+def test_states_are_those_of_the_measured_episode(session):
+    """The block's last place gives the distance that the page tells."""
+    session.restart(GOAL)
+    session.step(episodes=2)
+    block = Environments(PUSH, 1)(1).model.body("block").jntadr[0]
+    for step in session.steps:
+        assert len(step.states) == PUSH.horizon + 1
+        place = step.states[-1, 1 + block:3 + block]
+        assert np.linalg.norm(place - GOAL) == pytest.approx(step.distance, abs=1e-6)
+
+
+def test_states_end_where_the_episode_does(adapter):
+    """The environment begins another episode after an early end: it is not played."""
+    session = Session(FRAGILE, adapter, threads=1)
+    session.restart(GOAL)
+    ended = FRAGILE.ended(session.steps[0].states)
+    assert len(ended) <= PUSH.horizon and ended[-1] and not ended[:-1].any()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_rollouts_without_noise_are_those_that_are_measured(adapter, sequential):
+    session = Session(PUSH, remembering() if sequential else adapter, threads=1)
+    session.restart(GOAL)
+    session.step(episodes=3, noise=False)
+    rewards = session.steps[1].rewards
+    assert rewards.shape == (3, 50)
+    assert rewards[0].sum() == pytest.approx(session.steps[0].total)
+    # RL²'s memory changes between its rollouts.
+    assert (np.ptp(rewards, axis=0).max() == 0) is not sequential
+
+
+def test_progress_goes_from_nothing_to_almost_all(session):
+    shares = []
+    session.restart(GOAL)
+    session.step(episodes=2, progress=shares.append)
+    assert shares == [k / 100 for k in range(100)]
+
+
+def test_training_range():
+    """A box; for the ant the arc and a strip along it, and none of --extrapolate's goals."""
+    push, ant, door = map(make_family, ("push", "ant", "door"))
+    assert push.in_training_range(push.training_tasks(20)).all()
+    assert not push.in_training_range(np.array([[0.11, 0.75], [0.0, 0.69]])).any()
+    assert door.in_training_range(np.array([0.3])) and not door.in_training_range(np.array([1.2]))
+    assert ant.in_training_range(ant.training_tasks(20)).all()
+    for label, goals in ant.bands():
+        assert (ant.in_training_range(goals) == (label == "on the arc")).all()
+    assert not ant.in_training_range(np.array([[1.0, 1.0], [2.0, 2.0]])).any()
+
+
+# ---------------------------------------------------------------- the queue
+@pytest.fixture
+def queue():
+    """(worker, its reports, an event that lets the first job go on, the names of jobs done)."""
+    reports, gate, done = [], threading.Event(), []
+    worker = Worker(lambda *report: reports.append(report))
+    yield SimpleNamespace(worker=worker, reports=reports, gate=gate, done=done)
+    gate.set()
+    worker.stop()
+    assert not worker.thread.is_alive()
+
+
+def test_second_click_is_ignored_while_the_first_waits_or_runs(queue):
+    worker = queue.worker
+    assert worker.submit("adapt", lambda: queue.done.append(queue.gate.wait(10)))
+    assert not worker.submit("adapt", lambda: queue.done.append("twice"))
+    while worker.running is None:
+        time.sleep(0.001)
+    assert not worker.submit("adapt", lambda: queue.done.append("twice"))
+    queue.gate.set()
+    assert worker.wait(10) and queue.done == [True]
+    assert worker.submit("adapt", lambda: queue.done.append("later"))
+    assert worker.wait(10) and queue.done == [True, "later"]
+
+
+def test_latest_goal_takes_the_place_of_the_one_that_waits(queue):
+    queue.worker.submit("adapt", lambda: queue.gate.wait(10))
+    for goal in range(3):
+        assert queue.worker.submit("restart", lambda goal=goal: queue.done.append(goal),
+                                   latest=True)
+    assert queue.worker.waiting("restart")
+    queue.gate.set()
+    assert queue.worker.wait(10) and queue.done == [2]
+
+
+def test_failed_job_is_told_and_the_next_one_runs(queue, capsys):
+    queue.worker.submit("adapt", lambda: 1 / 0)
+    queue.worker.submit("film", lambda: queue.done.append("film"))
+    assert queue.worker.wait(10) and queue.done == ["film"]
+    assert queue.reports == [("adapt", None), (None, "ZeroDivisionError: division by zero"),
+                             ("film", None), (None, None)]
+
+
+def test_stop_ends_a_job_that_runs(queue):
+    def endless():
+        while True:
+            queue.worker.check()
+    queue.worker.submit("adapt", endless)
+    queue.worker.stop()
+    assert not queue.worker.thread.is_alive()
+    with pytest.raises(Stopped):
+        queue.worker.check()
+
+
+# ---------------------------------------------------------------- what is refused
+@pytest.mark.parametrize("arguments, word", [
+    ("--port 8080", "--port goes with --view"), ("--host 0.0.0.0", "--host goes with --view"),
+    ("--view {finished} --evaluate {finished}", "two commands"),
+    ("--view {finished} --set hidden=8", "--set is for training"),
+    ("--view {finished} --goals x.npy", "--goals goes with --evaluate"),
+    ("--view {finished} --port 65536", "65535"), ("--view {finished} --task all", "name one task")])
+def test_bad_argument_is_refused_in_one_line(finished, capsys, arguments, word):
+    assert word in refused(capsys, *arguments.format(finished=finished).split())
+
+
+def test_missing_packages_are_named_in_one_line(finished, capsys, monkeypatch):
+    for name in ("tools.view", "tools.view_scene"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "viser", None)
+    line = refused(capsys, "--view", finished)
+    assert "--view needs viser" in line and "pip install -r requirements-extra.txt" in line
+
+
+def test_taken_port_is_told_in_one_line(finished, capsys):
+    """viser itself would take the next one."""
+    pytest.importorskip("mjviser")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port}" in refused(capsys, "--view", finished, "--port", port)
+    assert "give --task push" in refused(capsys, "--view", finished, "--task", "ant")
+
+
+# ---------------------------------------------------------------- the page without a browser
+@pytest.fixture
+def page(adapter, tmp_path):
+    pytest.importorskip("mjviser")
+    from tools.view import Page, open_server
+    server = open_server("127.0.0.1", 0)
+    page = Page(server, Session(PUSH, adapter, 0, 1), "push", tmp_path, 3, 1)
+    assert page.worker.wait()
+    yield page
+    page.close()
+
+
+def click(callback, **event):
+    asyncio.run(callback(SimpleNamespace(**event)))
+
+
+def test_two_clicks_make_one_adaptation(page):
+    page.count.value = 2
+    for _ in range(2):
+        click(page._adapt)
+    assert page.worker.wait() and len(page.session.steps) == 3
+    assert page.timeline.options == ("0", "1", "[2]") and "The ghost is step 1" in (
+        page.caption.content)
+    first = page.session.steps[2].distance
+    assert np.array_equal(page.distances.data[1], [step.distance for step in page.session.steps])
+    assert len(page.rewards.data) == 1 + 20 and page.rewards.visible
+    click(page._chosen, target=SimpleNamespace(value="0"))
+    assert page.timeline.options == ("[0]", "1", "2") and not page.rewards.visible
+    click(page._more)
+    assert page.worker.wait() and len(page.session.steps) == 4
+    click(page._adapt)
+    assert page.worker.wait() and [s.distance for s in page.session.steps][2:] == [first]
+    click(page._reset)
+    assert page.worker.wait() and len(page.session.steps) == 1 and page.shown == 0
+
+
+def test_goal_outside_the_training_range_changes_colour_and_text(page):
+    inside = page.goal.marks[0].color
+    assert "inside the training range" in page.goal.text.content
+    page.goal.handle.position = (0.3, 1.0, 0.0)
+    click(page.goal._dragged, phase="end")
+    assert "**The goal is outside the training range.**" in page.goal.text.content
+    assert page.goal.marks[0].color != inside
+    assert [slider.value for slider in page.goal.sliders] == [0.3, 1.0]
+    assert page.worker.wait() and np.array_equal(page.session.goal, [0.3, 1.0])
+    page.goal.sliders[0].value = -9.0  # the table ends at -0.4
+    click(page.goal._slid, client=object())
+    assert page.worker.wait() and np.array_equal(page.session.goal, [-0.4, 1.0])
+    click(page._random)
+    assert page.worker.wait() and PUSH.in_training_range(page.session.goal)
+
+
+def test_page_serves_this_machine_only(page):
+    assert page.server.get_host() == "127.0.0.1"
+
+
+# ---------------------------------------------------------------- in a real browser
+@pytest.fixture(scope="module")
+def running():
+    """(process, address) of the command with the reference policy."""
+    pytest.importorskip("mjviser")
+    process = subprocess.Popen(
+        [sys.executable, HERE / "run.py", "--view", POLICY, "--port", "0"],
+        stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        # A shell's background jobs ignore Ctrl-C, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    try:
+        yield process, process.stdout.readline().split()[0]
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it to test in a real browser")
+def test_page_in_a_browser(running, tmp_path):
+    """Set a goal and drag it, adapt, watch the distance fall; two browsers; Ctrl-C."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    process, address = running
+    errors = []
+
+    def opened(browser):
+        tab = browser.new_page(viewport={"width": 1280, "height": 800})
+        tab.set_default_timeout(60_000)
+        tab.on("console", lambda message: message.type == "error" and errors.append(message.text))
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.goto(address)
+        tab.get_by_text(re.compile("The robot plays step")).wait_for()
+        return tab
+
+    def press(tab, name):
+        tab.get_by_role("button", name=name, exact=True).click()
+
+    def distance(tab, step):
+        """What the page tells once it plays that step."""
+        told = tab.get_by_text(re.compile(f"The robot plays step {step},"))
+        told.wait_for()
+        return float(re.search(r"final distance ([\d.]+) m", told.inner_text())[1])
+
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--enable-unsafe-swiftshader"])
+        one, two = opened(browser), opened(browser)
+        for number, value in enumerate(GOAL):
+            box = one.locator("input[inputmode=decimal]").nth(number)
+            box.fill(str(value))
+            box.press("Enter")
+        one.get_by_text("0.72").first.wait_for(state="attached")
+        one.get_by_text("Ready.").wait_for()
+        press(one, "Adapt")
+        after = distance(one, 3)
+        press(two, "0")  # the second browser chooses, and the first shows it too
+        before = distance(two, 0)
+        assert distance(one, 0) == before and after < 0.5 * before
+        two.close()
+        # At best a step is on the screen in a second and a half, also while the browser draws.
+        seconds = []
+        for step in (4, 5, 6):
+            one.get_by_text("Ready.").wait_for()
+            start = time.monotonic()
+            press(one, "One more step")
+            distance(one, step)
+            seconds.append(time.monotonic() - start)
+        print("seconds until a step was shown:", [round(s, 2) for s in seconds])
+        # The picture: not blank, and it moves.
+        pictures = []
+        for _ in range(2):
+            one.screenshot(path=tmp_path / "page.png", clip=dict(x=340, y=200, width=600,
+                                                                  height=600))
+            pictures.append((tmp_path / "page.png").read_bytes())
+            one.wait_for_timeout(700)
+        assert len(pictures[0]) > 20_000 and pictures[0] != pictures[1]
+        browser.close()
+    assert not errors
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0 and "closed" in process.stdout.read()
