@@ -85,7 +85,7 @@ class Page:
         return self.server.gui.add_uplot(
             (np.zeros(1),) * (1 + curves), ({"label": ""},) + (line,) * curves, title=title,
             axes=({"incrs": [1, 2, 5, 10, 20, 50, 100]}, {}), legend={"show": False},
-            scales={"x": {"time": False}}, height=160)
+            scales={"x": {"time": False}}, padding=(12, 24, 0, 0), height=160)
 
     # ---- callbacks: they note and queue
     async def _random(self, event) -> None:

@@ -82,7 +82,8 @@ class Goal:
         self.task = task_set(family, "held_out", 1)[0]
         for number, task in enumerate(family.training_tasks(TRAINING_GOALS)):
             server.scene.add_icosphere(f"/training/{number}", 0.2 * family.goal_size[0],
-                                       color=INSIDE, position=family.goal_position(task))
+                                       color=INSIDE, position=family.goal_position(task),
+                                       cast_shadow=False)
         place = family.goal_position(self.task)
         self.handle = None
         if family.task_size == 2 and np.allclose(place[:2], self.task):
