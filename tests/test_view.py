@@ -252,6 +252,32 @@ def test_goal_outside_the_training_range_changes_colour_and_text(page):
     assert page.worker.wait() and PUSH.in_training_range(page.session.goal)
 
 
+def test_goal_that_moves_ends_the_adaptation_to_the_old_one(page):
+    page.count.value = 10
+    click(page._adapt)
+    page.goal.put(GOAL)
+    page._goal_moved()
+    assert page.worker.wait() and len(page.session.steps) == 1
+    assert np.array_equal(page.session.goal, GOAL) and page.progress.value == 0
+
+
+@pytest.mark.parametrize("opengl", [True, False])
+def test_film_is_saved_and_sent_to_the_one_who_asked(page, tmp_path, monkeypatch, opengl):
+    click(page._more)
+    sent, stages = [], []
+
+    def draw(out, family, shown, tasks):
+        stages.extend(shown)
+        if opengl:
+            (out / "before_after.gif").write_bytes(b"film")
+    monkeypatch.setattr("tools.view_session.draw_film", draw)
+    assert page.worker.wait()
+    click(page._film, client=SimpleNamespace(send_file_download=lambda *file: sent.append(file)))
+    assert page.worker.wait() and stages == [0, 1]
+    assert sent == [("before_after.gif", b"film")] * opengl
+    assert (str(tmp_path) if opengl else "OpenGL is missing") in page.status.content
+
+
 def test_page_serves_this_machine_only(page):
     assert page.server.get_host() == "127.0.0.1"
 
