@@ -196,7 +196,10 @@ def test_taken_port_is_told_in_one_line(finished, capsys):
     pytest.importorskip("mjviser")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert f"127.0.0.1:{port}" in refused(capsys, "--view", finished, "--port", port)
+        assert f"port {port} of 127.0.0.1 is taken: choose another with --port" in refused(
+            capsys, "--view", finished, "--port", port)
+    assert "cannot serve on 192.0.2.1:8080" in refused(
+        capsys, "--view", finished, "--host", "192.0.2.1")
     assert "give --task push" in refused(capsys, "--view", finished, "--task", "ant")
 
 
@@ -261,6 +264,15 @@ def test_goal_that_moves_ends_the_adaptation_to_the_old_one(page):
     assert np.array_equal(page.session.goal, GOAL) and page.progress.value == 0
 
 
+def test_closing_the_page_ends_an_adaptation(page):
+    page.count.value = 10
+    click(page._adapt)
+    while page.worker.running != "adapt":
+        time.sleep(0.001)
+    page.close()
+    assert not page.worker.thread.is_alive() and len(page.session.steps) < 11
+
+
 @pytest.mark.parametrize("opengl", [True, False])
 def test_film_is_saved_and_sent_to_the_one_who_asked(page, tmp_path, monkeypatch, opengl):
     click(page._more)
@@ -318,8 +330,8 @@ def test_a_step_takes_less_than_a_second_and_a_half(tmp_path):
     pytest.importorskip("mjviser")
     from tools.view import Page, open_server
     family, adapter, content = load_adapter(POLICY)
-    page = Page(open_server("127.0.0.1", 0), Session(family, adapter, 0, 2), "push", tmp_path,
-                content["settings"].test_episodes, 2)
+    page = Page(open_server("127.0.0.1", 0), Session(family, adapter, threads=1), "push",
+                tmp_path, content["settings"].test_episodes, threads=1)
     assert page.worker.wait()
     seconds = []
     for _ in range(3):

@@ -7,6 +7,7 @@ share the work. viser's thread runs the callbacks of buttons; they only note and
 computes (tools/view_session.py). The main thread plays episodes until Ctrl-C.
 """
 import contextlib
+import errno
 import io
 import socket
 import time
@@ -234,8 +235,11 @@ def open_server(host: str, port: int) -> viser.ViserServer:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        raise UserError(f"cannot serve on {host}:{port} ({error.strerror}): choose another --port "
-                        "or --host") from None
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} of {host} is taken: choose another with --port") from None
+        reason = error.strerror.partition(" (")[0]
+        raise UserError(f"cannot serve on {host}:{port} ({reason}): choose another --host or "
+                        "--port") from None
     with contextlib.redirect_stdout(io.StringIO()):  # viser's own banner
         return viser.ViserServer(host=host, port=port, label="Adaptation", verbose=False)
 
