@@ -81,8 +81,7 @@ def make_parser(method: str) -> Parser:
     option("--experts", choices=("contextual", "local"),
            help="one expert that is told the goal, or one learner per training task")
     option("--demos", type=Path, metavar="FILE",
-           help="meta-train from demonstrations alone: an npz with tasks, observations, actions; "
-           "or the id or folder of a Minari dataset")
+           help="meta-train from demonstrations alone: npz, or a Minari dataset (docs/fork.md)")
     option("--out", type=Path, help="output folder (default: runs/TASK/METHOD/seedSEED; with "
            "--evaluate: DIR/evaluation; with --view, for films: runs/view/TASK)")
     option("--device", default="cpu", help="for the networks: cpu or cuda")
@@ -97,8 +96,7 @@ def make_parser(method: str) -> Parser:
            "radians (default: the held-out goals)")
     option("--gradient-steps", type=int,
            help="with --evaluate: rounds of adaptation (default 5; 20 with --extrapolate)")
-    option("--rollouts", type=int, help="with --evaluate: episodes per task and round (default "
-           "20)")
+    option("--rollouts", type=int, help="with --evaluate: episodes per task and round")
     option("--extrapolate", action="store_true",
            help="with --evaluate: goals outside the training range, and the figure (ant)")
     option("--view", type=Path, metavar="DIR",
@@ -137,8 +135,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError("--evaluate and --view are two commands: give one of them")
     for name in ("quick", "set", "seeds", "reward", "experts", "demos", "preset", "track"):
         if (options.evaluate or options.view) and getattr(options, name):
-            raise UserError(f"{flag(name)} is for training: leave it out beside --evaluate and "
-                            "--view")
+            raise UserError(f"{flag(name)} is for training: leave it out here")
     # Options that contradict each other.
     if options.seeds and options.seed:
         raise UserError("--seeds N runs seeds 0 to N - 1: leave --seed out")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import viser
 
-from checkpoints import UserError
+from settings import UserError
 from tasks.base import MujocoFamily
 from tools.view_scene import Goal, Robot
 from tools.view_session import Session, Worker
