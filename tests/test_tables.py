@@ -43,16 +43,18 @@ def test_table_of_results_made_by_hand():
 
 
 def test_summary_has_a_row_per_task_and_method(tmp_path):
-    for method, seeds in (("gmps", SEEDS), ("other", SEEDS[:1])):
+    for method, seeds in (("gmps", SEEDS), ("gmps-x", SEEDS), ("other", SEEDS[:1])):
         for seed, result in enumerate(seeds):
             folder = tmp_path / "results" / "door" / method / f"seed{seed}"
             folder.mkdir(parents=True)
             (folder / "result.json").write_text(json.dumps(result))
-    lines = [[cell.strip() for cell in line.strip("|").split("|")]
-             for line in tables.summary(tmp_path).splitlines()]
-    assert lines[2] == ["door (degrees)", "gmps", "2", "22.9", "8.6", "5.7", "28.6", "17", "2 min"]
-    assert lines[3] == ["door (degrees)", "other", "1", "17.2", "11.5", "5.7", "28.6", "12",
-                        "2 min"]
+    own, rivals = ([[cell.strip() for cell in line.strip("|").split("|")]
+                    for line in tables.summary(tmp_path, rivals).splitlines()]
+                   for rivals in (False, True))
+    numbers = ["2", "22.9", "8.6", "5.7", "28.6", "17", "2 min"]
+    assert own[2:] == [["door (degrees)", method, *numbers] for method in ("gmps", "gmps-x")]
+    other = ["door (degrees)", "other", "1", "17.2", "11.5", "5.7", "28.6", "12", "2 min"]
+    assert rivals[2:] == [own[2], other] and rivals[0][4] == "1 round"
 
 
 def test_interval_resamples_whole_seeds():

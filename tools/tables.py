@@ -2,7 +2,8 @@
 
     python tools/tables.py    # rewrites them; nothing changes where they are up to date
 
-A table is between a marker and "<!-- end -->". `<!-- SUMMARY -->`: a row per task and method.
+A table is between a marker and "<!-- end -->". `<!-- SUMMARY -->`: a row per task and variant of
+GMPS. `<!-- SUMMARY rivals -->`: the other methods, below GMPS.
 `<!-- TABLE task/method -->`: one method in full. `<!-- CLOSING task/method/seed -->`: the last
 lines of one run. These come from results/TASK/METHOD/seed*/result.json. `<!-- ABLATIONS task -->`:
 the table of tools/ablations.py.
@@ -24,7 +25,7 @@ from tasks import TASKS, load
 from tools import ablations
 from tools.intervals import spread
 
-PAGES = ("README.md", "docs/results.md", "docs/deviations.md")
+PAGES = ("README.md", "docs/results.md", "docs/deviations.md", "docs/comparisons.md")
 
 
 def results(folder: Path, pattern: str) -> list[dict]:
@@ -93,16 +94,20 @@ def table(task: str, results: list[dict]) -> str:
     return markdown([*rows, ["wall time", f"{times} minutes", "", "", ""]])
 
 
-def summary(folder: Path) -> str:
-    """A row for every task and method that has results."""
-    rows = [["task", "method", "seeds", "before", "1 step", "3 steps", "experts", "env steps",
-             "wall time"]]
+def summary(folder: Path, rivals: bool = False) -> str:
+    """A row for every task and variant of GMPS that has results; or for GMPS and its `rivals`."""
+    what = "round" if rivals else "step"  # a round of a rival may hold no gradient step, or many
+    rows = [["task", "method", "seeds", "before", f"1 {what}", f"3 {what}s", "experts",
+             "env steps", "wall time"]]
     for task in TASKS:
         column, factor, digits = load(task).table
         unit = "".join(re.findall(r"\((.*)\)", column)) or column
         methods = sorted({file.parent.parent.name for file in
                           (folder / "results" / task).glob("*/seed*/result.json")})
-        for method in methods:
+        others = [method for method in methods if method.split("-")[0] != "gmps"]
+        if rivals:
+            methods = ["gmps", *others] if others else []
+        for method in methods if rivals else sorted({*methods} - {*others}):
             seeds = results(folder, f"{task}/{method}/seed*")
 
             def distance(name, k=None, seeds=seeds):
@@ -129,7 +134,7 @@ def fill(text: str, folder: Path = HERE) -> str:
     def filled(match):
         kind, name = match[2], match[3]
         if kind == "SUMMARY":
-            body = summary(folder)
+            body = summary(folder, name == "rivals")
         elif kind == "TABLE":
             body = table(name.split("/")[0], results(folder, f"{name}/seed*"))
         elif kind == "ABLATIONS":
