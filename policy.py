@@ -234,28 +234,29 @@ def imitate(family, demonstrations, settings: Settings, device="cpu", last: int 
     It is the reference "no_adaptation". Meta-training starts from such a policy [ours]: a random
     one's rewards say little about the goal. `last` > 0: imitate only the last `last` experts.
 
-    Convolutions learn here alone. With images, a linear function of what the MLP sees must also
-    tell the state that the experts see [ours], if the demonstrations hold it: actions alone leave
-    the block's place vague. Levine et al. 2016, section 5.2, train them so too.
+    Convolutions learn only here. With images, a linear readout of the MLP's input must also
+    predict the state that the experts see [ours], if the demonstrations hold it. From actions alone
+    the convolutions learn the block's place only roughly. Source: Levine et al. 2016, section 5.2.
     """
     rng, generator = random_streams(settings.seed, "imitation", 0)
     theta = {name: value.to(device).requires_grad_()
              for name, value in init_policy(family, settings, generator).items()}
     states = family.expert_family.observation_size
-    line = torch.zeros(len(theta["w1"]) - settings.bias_vector + 1, states, device=device,
-                       requires_grad=True)
-    optimiser = torch.optim.Adam([*theta.values(), line], lr=settings.learning_rate)
+    readout = torch.zeros(len(theta["w1"]) - settings.bias_vector + 1, states, device=device,
+                          requires_grad=True)  # no gradient without images
+    optimiser = torch.optim.Adam([*theta.values(), readout], lr=settings.learning_rate)
     n = len(demonstrations.actions)
     tasks = np.arange(n - last if last else 0, n)
     count = settings.imitation_batch * n // len(tasks)  # as many labels for few tasks as for all
     for step in range(settings.imitation_steps):
         set_rates(optimiser, [settings.learning_rate], step / settings.imitation_steps, final=0.0)
-        observation, action, *hidden = demonstrations.sample(family, rng, tasks, count, device)
-        x = features(theta, observation, *hidden[:1])
+        observation, action, *seen = demonstrations.sample(family, rng, tasks, count, device)
+        image, state = (*seen, None, None)[:2]
+        x = features(theta, observation, image)
         loss = imitation_loss(per_task(theta, len(tasks)), x, action, settings)
-        for state in hidden[1:]:
-            told = x @ line[:-1] + line[-1]
-            loss = loss + STATE_WEIGHT * (told - state).square().sum(-1).mean()
+        if state is not None:
+            predicted = x @ readout[:-1] + readout[-1]
+            loss = loss + STATE_WEIGHT * (predicted - state).square().sum(-1).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

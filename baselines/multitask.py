@@ -17,7 +17,7 @@ from policy import imitate
 @dataclass(frozen=True)
 class Settings(settings_module.Settings):
     step_size: float = settings_module.within(
-        0.03, 0.0, 10.0, "*of the policy gradient at test time, for all parameters")
+        0.01, 0.0, 10.0, "*of the policy gradient at test time, for all parameters")
 
 
 def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:

@@ -29,10 +29,9 @@ import baselines
 import settings as settings_module
 from checkpoints import read_demonstrations
 from envs import make_batch
-from local_policies import Demonstrations, make_demonstrations
+from local_policies import make_demonstrations
 from phases import Problem, method_label, same_demonstrations
 from settings import UserError
-from tasks import make_family
 from tasks.base import MujocoFamily, TaskFamily
 from tasks.rendering import NoOpenGL
 from tools.minari_io import env_id, import_minari
@@ -58,8 +57,8 @@ def open_finished(run: Path, device: str, threads: int) -> Problem:
     return Problem(settings, run, device, threads)
 
 
-def play_again(problem: Problem) -> tuple[Demonstrations, dict, np.ndarray]:
-    """(demonstrations, episodes, labels (n E, T+1, act)) of a run, E episodes per task."""
+def play_again(problem: Problem) -> tuple[dict, np.ndarray]:
+    """(episodes, labels (n E, T+1, act)) of a run, E episodes per task."""
     experts, tasks, each = problem.train_experts(), problem.tasks, (
         problem.settings.demonstration_episodes)
     written = read_demonstrations(problem.out / "demonstrations.npz", problem.family)[:2]
@@ -75,7 +74,7 @@ def play_again(problem: Problem) -> tuple[Demonstrations, dict, np.ndarray]:
     last = experts(last.reshape(len(tasks), each, -1), tasks)
     labels = [array.reshape(len(tasks) * each, -1, array.shape[-1])
               for array in (made.actions, last[:, :, None])]
-    return made, episodes, np.concatenate(labels, axis=1)
+    return episodes, np.concatenate(labels, axis=1)
 
 
 def episode_buffers(minari, episodes: dict, labels: np.ndarray, tasks: np.ndarray) -> list:
@@ -113,7 +112,7 @@ def export(run: Path, dataset_id: str | None, device: str, threads: int):
     """Write the dataset; returns it. Errors: UserError, NoOpenGL."""
     minari = import_minari()
     problem = open_finished(run, device, threads)
-    settings, family = problem.settings, make_family(problem.settings.task, problem.settings.reward)
+    settings, family = problem.settings, problem.family
     label = method_label(settings, family)
     dataset_id = dataset_id or f"gmps/{settings.task}/{label}-seed{settings.seed}-v0"
     try:
@@ -124,7 +123,8 @@ def export(run: Path, dataset_id: str | None, device: str, threads: int):
     if folder.exists():
         raise UserError(f"{folder} exists: give another --id, or first `minari delete "
                         f"{dataset_id}`")
-    made, episodes, labels = play_again(problem)
+    episodes, labels = play_again(problem)
+    problem.close()
     tasks = np.repeat(problem.tasks, settings.demonstration_episodes, axis=0)
     try:
         with warnings.catch_warnings():  # Minari asks for an author, e-mail, a link to the code

@@ -1,9 +1,9 @@
-"""Many runs of run.py, some at a time: on this machine, or on a Ray cluster.
+r"""Many runs of run.py, some at a time: on this machine, or on a Ray cluster.
 
     python tools/sweep.py --tasks push ant --methods gmps maml pearl --seeds 5
     python tools/sweep.py --tasks push --seeds 3 --set meta_steps=300 --out runs/short
     python tools/sweep.py --tasks push --seeds 5 --address auto --out /shared/runs   # on a cluster
-    python tools/sweep.py --tasks push --seeds 5 --print | xargs -d '\\n' -P 2 -I {} sh -c '{}'
+    python tools/sweep.py --tasks push --seeds 5 --print | xargs -d '\n' -P 2 -I {} sh -c '{}'
 
 Every run is one run.py in a process of its own, on one thread. The same command started again goes
 on where it was; finished runs are left alone. On a cluster, the code and --out must lie in folders
@@ -273,10 +273,14 @@ def start_ray(options):
         raise UserError(f"no Ray cluster at {options.address or 'this machine'}: "
                         f"{str(error).splitlines()[0]}") from None
     there = ray.cluster_resources()
-    slots = there.get("CPU", 0) // options.cores
+    cpus, gpus = there.get("CPU", 0), there.get("GPU", 0)
+    slots = int(cpus / options.cores + 1e-6)
     if options.gpus:
-        slots = min(slots, there.get("GPU", 0) // options.gpus)
-    return ray, max(1, int(slots))
+        slots = min(slots, int(gpus / options.gpus + 1e-6))
+    if slots < 1:
+        ray.shutdown()
+        raise UserError(f"no room for a run: Ray has {cpus:g} cores and {gpus:g} GPUs")
+    return ray, slots
 
 
 def sweep(ray, runs: list[Run], cores: int, gpus: float, show) -> None:

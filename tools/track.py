@@ -32,20 +32,26 @@ def tracking(name: str | None, settings, out: Path) -> Iterator[Callable | None]
     if name is None:
         yield None
         return
-    with TRACKERS[name](settings, out) as write:
-        broken = False
+    tracker, broken = TRACKERS[name](settings, out), False
+    write = tracker.__enter__()
 
-        def track(rows):
-            nonlocal broken
-            if broken:
-                return
-            try:
-                write(rows[-1], len(rows))
-            # Whatever befalls a tracker (a full disk, no network) must not cost the run.
-            except Exception as error:
-                broken = True
-                print(f"tracking ends here: {type(error).__name__}: {error}")
+    # Whatever befalls a tracker (a full disk, no network) must not cost the run.
+    def track(rows):
+        nonlocal broken
+        if broken:
+            return
+        try:
+            write(rows[-1], len(rows))
+        except Exception as error:
+            broken = True
+            print(f"tracking ends here: {type(error).__name__}: {error}")
+    try:
         yield track
+    finally:
+        try:
+            tracker.__exit__(None, None, None)
+        except Exception as error:
+            print(f"tracking did not close: {type(error).__name__}: {error}")
 
 
 def numbers(row: dict) -> dict[str, float]:

@@ -2,9 +2,9 @@
 
     python run.py --task push --view results/push/gmps/policy    # then open http://127.0.0.1:8080
 
-Built on viser and mjviser (requirements-extra.txt), which nothing else here imports. Three threads
-share the work. viser's thread runs the callbacks of buttons; they only note and queue. The worker
-computes (tools/view_session.py). The main thread plays episodes until Ctrl-C.
+Built on viser and mjviser (requirements-extra.txt), which only this file and view_scene.py import.
+Three threads share the work. viser's thread runs the callbacks of buttons; none of them computes.
+The worker computes (tools/view_session.py). The main thread plays episodes until Ctrl-C.
 """
 import contextlib
 import errno
@@ -88,7 +88,7 @@ class Page:
             axes=({"incrs": [1, 2, 5, 10, 20, 50, 100]}, {}), legend={"show": False},
             scales={"x": {"time": False}}, padding=(12, 24, 0, 0), height=160)
 
-    # ---- callbacks: they note and queue
+    # ---- callbacks: none of them computes
     async def _random(self, event) -> None:
         self.goal.put(self.session.family.sample_tasks(np.random.default_rng(), 1)[0])
         self._goal_moved()
@@ -225,6 +225,7 @@ class Page:
 
     def close(self) -> None:
         self.worker.stop()
+        self.session.close()
         self.server.stop()
 
 

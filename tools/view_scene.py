@@ -71,7 +71,7 @@ class Robot:
 class Goal:
     """The goal: its mark and sliders, and a handle to drag it if it is a place on the ground.
 
-    `moved(task)` is called when a user has moved it.
+    `moved()` is called when a user has moved it; `task` is then the new goal.
     """
 
     def __init__(self, server: viser.ViserServer, family, moved):
