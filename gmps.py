@@ -94,8 +94,8 @@ def init_step_sizes(theta: Params, settings: Settings) -> Params:
     """alpha: a step size for every element of theta.
 
     Convolutions do not adapt [release]. Nor does log-std, with adapt_std "no" [ours]: its step size
-    stays 0. The outer loss sees mean actions only, so nothing would stop adaptation from raising
-    the noise. theta's log-std itself is meta-learned.
+    stays 0, and theta's log-std stays as it began. The outer loss sees mean actions only, so
+    nothing stops either from raising the noise.
     """
     alpha = {name: torch.full_like(value, settings.init_step_size)
              for name, value in theta.items() if not is_convolution(name)}
@@ -214,9 +214,10 @@ class MetaLearner:
         self.theta, self.alpha = (
             {name: value.to(self.device).requires_grad_() for name, value in detached(part).items()}
             for part in (theta, alpha))
-        self.alpha["log_std"].requires_grad_(settings.adapt_std == "yes")
-        self.optimiser = torch.optim.Adam([{"params": list(self.theta.values())},
-                                           {"params": list(self.alpha.values())}])
+        self.optimiser = torch.optim.Adam([
+            {"params": [value for name, value in part.items()
+                        if name != "log_std" or settings.adapt_std == "yes"]}
+            for part in (self.theta, self.alpha)])
         demonstrations.freeze(self.family, self.theta)  # convolutions are fixed [ours]: run once
         training = None if state is None else state["training"]
         if training is not None:
@@ -273,10 +274,10 @@ class MetaLearner:
         step = (self.collection - 1) * settings.meta_steps + self.meta_step
         set_rates(self.optimiser, [settings.learning_rate, settings.step_size_learning_rate],
                   step / (settings.collections * settings.meta_steps), settings.final_rate)
+        learned = [p for group in self.optimiser.param_groups for p in group["params"]]
         self.optimiser.zero_grad()
-        loss.backward()
-        params = [p for p in (*self.theta.values(), *self.alpha.values()) if p.grad is not None]
-        self.norm = torch.nn.utils.clip_grad_norm_(params, settings.clip_norm)
+        loss.backward(inputs=learned)
+        self.norm = torch.nn.utils.clip_grad_norm_(learned, settings.clip_norm)
         if not torch.isfinite(self.norm):
             raise FloatingPointError(
                 f"the meta-gradient is not finite in collection {self.collection}: start anew "

@@ -98,7 +98,7 @@ class Settings:
         0.3, 0.0, 1.0,
         "at meta-test, factor on alpha's positive part after the first step; 1: alpha [release]")
     adapt_std: str = one_of("no", ("no", "yes"),
-                            "whether log-std adapts in the inner step [release: yes]")
+                            "whether log-std is learned, and adapts in the inner step [release]")
     discount: float = within(0.9, 0.0, 1.0, "*of advantages [ours; release: 0.99]")
     gae_lambda: float = within(0.8, 0.0, 1.0, "*of advantages [ours; release: 1]")
     baseline: str = one_of("products", ("products", "squares"),

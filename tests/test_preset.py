@@ -11,8 +11,9 @@ import phases
 import policy
 import run
 from advantages import baseline_products
+from checkpoints import load_checkpoint
 from settings import PAPER, Settings
-from tests.conftest import PUSH, TINY, explore, make_problem, push_batch, refused
+from tests.conftest import ARGUMENTS, PUSH, TINY, explore, make_problem, push_batch, refused, start
 
 GOALS = np.array([[0.0, 0.75], [0.05, 0.72]])
 
@@ -61,6 +62,13 @@ def test_log_std_adapts_only_on_request(choice):
     phi = gmps.adapt(theta, alpha, batch, settings, first_order=True)
     assert (phi["log_std"] != theta["log_std"]).all() == (choice == "yes")
     assert (phi["b3"] != theta["b3"]).any()
+
+
+@pytest.mark.parametrize("choice", ["no", "yes"])
+def test_log_std_is_learned_only_on_request(choice, tmp_path):
+    assert start("--task", "push", *ARGUMENTS, f"--set=adapt_std={choice}", "--out", tmp_path) == 0
+    learned = load_checkpoint(tmp_path / "policy.pt", "policy")["policy"]["theta"]["log_std"]
+    assert torch.allclose(learned, torch.tensor(math.log(0.5))) == (choice == "no")
 
 
 def test_std_has_the_floor_of_the_release():
