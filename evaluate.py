@@ -56,6 +56,14 @@ def returns_and_distances(episodes: dict, n: int) -> tuple[np.ndarray, np.ndarra
 
 
 # ---------------------------------------------------------------- the protocol
+def parts_of_round(adapter, episodes: int) -> tuple[int, int]:
+    """(parts, episodes of each task in one): all at once; if sequential, one by one.
+
+    An update follows every part.
+    """
+    return (episodes, 1) if adapter.sequential else (1, episodes)
+
+
 def evaluate(environments: Environments, adapter, tasks: np.ndarray, rounds: int, episodes: int,
              seed: int, experts: ExpertFunction | None = None, purpose: str = "evaluation",
              stream: int = 0, explore_last: bool = True, progress: bool = False) -> Evaluation:
@@ -97,8 +105,7 @@ def adapt_and_measure(out: Evaluation, environments: Environments, adapter, task
             out.stages[k], out.stage_tasks = copy.deepcopy(adapter), tasks
         if k == rounds and not explore_last:
             break
-        # K episodes at once and one update; or, if sequential, K times one episode and an update.
-        parts, together = (episodes, 1) if adapter.sequential else (1, episodes)
+        parts, together = parts_of_round(adapter, episodes)
         sampled = []
         for _ in range(parts):
             explored = out.count(environments.rollout(adapter.act, tasks, together))

@@ -28,6 +28,7 @@ from policy import (
     imitate,
     imitation_loss,
     is_convolution,
+    learned,
     log_prob,
     per_task,
     set_rates,
@@ -214,10 +215,8 @@ class MetaLearner:
         self.theta, self.alpha = (
             {name: value.to(self.device).requires_grad_() for name, value in detached(part).items()}
             for part in (theta, alpha))
-        self.optimiser = torch.optim.Adam([
-            {"params": [value for name, value in part.items()
-                        if name != "log_std" or settings.adapt_std == "yes"]}
-            for part in (self.theta, self.alpha)])
+        self.optimiser = torch.optim.Adam(
+            [{"params": learned(part, settings)} for part in (self.theta, self.alpha)])
         demonstrations.freeze(self.family, self.theta)  # convolutions are fixed [ours]: run once
         training = None if state is None else state["training"]
         if training is not None:
@@ -274,10 +273,10 @@ class MetaLearner:
         step = (self.collection - 1) * settings.meta_steps + self.meta_step
         set_rates(self.optimiser, [settings.learning_rate, settings.step_size_learning_rate],
                   step / (settings.collections * settings.meta_steps), settings.final_rate)
-        learned = [p for group in self.optimiser.param_groups for p in group["params"]]
+        params = [p for group in self.optimiser.param_groups for p in group["params"]]
         self.optimiser.zero_grad()
-        loss.backward(inputs=learned)
-        self.norm = torch.nn.utils.clip_grad_norm_(learned, settings.clip_norm)
+        loss.backward(inputs=params)
+        self.norm = torch.nn.utils.clip_grad_norm_(params, settings.clip_norm)
         if not torch.isfinite(self.norm):
             raise FloatingPointError(
                 f"the meta-gradient is not finite in collection {self.collection}: start anew "

@@ -57,6 +57,12 @@ def per_task(theta: Params, n: int) -> Params:
             for name, value in theta.items()}
 
 
+def learned(params: Params, settings: Settings) -> list[torch.Tensor]:
+    """All of them, but log-std only with adapt_std "yes": else it stays as it is [ours]."""
+    return [value for name, value in params.items()
+            if name != "log_std" or settings.adapt_std == "yes"]
+
+
 def detached(params: Params) -> Params:
     """A copy without gradients."""
     return {name: value.detach().clone() for name, value in params.items()}

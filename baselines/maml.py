@@ -35,6 +35,7 @@ from policy import (
     detached,
     init_policy,
     is_convolution,
+    learned,
     log_prob,
     mean_action,
     per_task,
@@ -241,8 +242,7 @@ class MetaLearner(gmps.MetaLearner):
         # Convolutions keep their random start: no gradient goes through what an actor has seen.
         self.parameters = [v for name, v in self.theta.items() if not is_convolution(name)]
         if settings.learn_step_sizes == "yes":
-            self.parameters += [value for name, value in self.alpha.items()
-                                if name != "log_std" or settings.adapt_std == "yes"]
+            self.parameters += learned(self.alpha, settings)
         for parameter in self.parameters:
             parameter.requires_grad_()
 

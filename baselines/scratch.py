@@ -24,7 +24,7 @@ from advantages import baseline_products, policy_gradient_batch
 from baselines import refuse_images
 from gmps import inner_loss
 from local_policies import Replay, expert_input
-from policy import Actor, CorrelatedNoise, detached, init_policy, set_rates
+from policy import Actor, CorrelatedNoise, detached, init_policy, learned, set_rates
 from sac import SoftActorCritic, squashed_mean, squashed_sample
 from settings import one_of, within
 
@@ -144,8 +144,7 @@ class OnPolicy:
         draws = [init_policy(family, settings, generator) for _ in range(count)]
         self.phi = {name: torch.stack([draw[name] for draw in draws]).to(device)
                     for name in draws[0]}
-        adapting = [value.requires_grad_() for name, value in self.phi.items()
-                    if name != "log_std" or settings.adapt_std == "yes"]
+        adapting = [value.requires_grad_() for value in learned(self.phi, settings)]
         kind = {"adam": torch.optim.Adam, "plain": torch.optim.SGD}[settings.optimiser]
         self.optimiser = kind(adapting, lr=settings.step_size)
         self.actor = Actor(detached(self.phi), family, self.settings, generator)

@@ -98,6 +98,18 @@ def test_tracker_that_fails_costs_its_rows_only(finished, tmp_path, monkeypatch,
     same_run(tmp_path / "out", finished)
 
 
+def test_tracker_that_cannot_close_does_not_cost_the_run(finished, tmp_path, monkeypatch, capsys):
+    @track.contextlib.contextmanager
+    def cannot_close(*_):
+        yield lambda row, number: None
+        raise OSError("no space left")
+    monkeypatch.setitem(track.TRACKERS, "wandb", cannot_close)
+    monkeypatch.setattr(track.importlib.util, "find_spec", lambda name: True)
+    assert start(*ARGUMENTS, "--track", "wandb", "--out", tmp_path / "out") == 0
+    assert "tracking did not close: OSError: no space left" in capsys.readouterr().out
+    same_run(tmp_path / "out", finished)
+
+
 @pytest.mark.parametrize("name", track.TRACKERS)
 def test_missing_package_is_one_line(monkeypatch, capsys, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -16,7 +16,6 @@ import ctypes
 import dataclasses
 import heapq
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -38,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 import run as command_line
 from checkpoints import open_run
 from settings import Settings, UserError
+from tools.tables import by_seed
 
 TRIES = 5          # of a run whose node dies
 PATIENCE = 600.0   # seconds that a retry waits for the folder's lock; NFS frees a dead node's late
@@ -97,8 +97,7 @@ def plan(options) -> list[Run]:
 def measured(settings: Settings) -> dict[str, float]:
     """{phase: mean seconds} of the runs in results/ of that task and method."""
     folder = ROOT / "results" / command_line.usual_folder(settings, False).parent
-    found = [json.loads(file.read_text())["wall_seconds"]
-             for file in folder.glob("seed*/result.json")]
+    found = [result["wall_seconds"] for result in by_seed(folder, "seed*/result.json")]
     return {phase: sum(seconds.get(phase, 0.0) for seconds in found) / len(found)
             for phase in (found[0] if found else ())}
 

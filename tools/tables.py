@@ -104,10 +104,9 @@ def summary(folder: Path, rivals: bool = False) -> str:
         unit = "".join(re.findall(r"\((.*)\)", column)) or column
         methods = sorted({file.parent.parent.name for file in
                           (folder / "results" / task).glob("*/seed*/result.json")})
-        others = [method for method in methods if method.split("-")[0] != "gmps"]
-        if rivals:
-            methods = ["gmps", *others] if others else []
-        for method in methods if rivals else sorted({*methods} - {*others}):
+        own = [method for method in methods if method.split("-")[0] == "gmps"]
+        others = [method for method in methods if method not in own]
+        for method in ["gmps"] * bool(others) + others if rivals else own:
             seeds = results(folder, f"{task}/{method}/seed*")
 
             def distance(name, k=None, seeds=seeds):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from envs import Environments
-from evaluate import returns_and_distances
+from evaluate import parts_of_round, returns_and_distances
 from settings import random_streams
 from tasks.base import check_tasks
 from tools.pictures import draw_film
@@ -70,8 +70,7 @@ class Session:
 
     def step(self, episodes: int, noise: bool = True, progress: Callable = no_progress) -> None:
         """One step: `episodes` rollouts with or without noise, an update, one measured episode."""
-        # A sequential method gets its rollouts one by one, and learns after each (evaluate.py).
-        parts, together = (episodes, 1) if self.adapter.sequential else (1, episodes)
+        parts, together = parts_of_round(self.adapter, episodes)
         count, given = self._counted(parts + 1, progress), []
         for _ in range(parts):
             act = count(self.adapter.act if noise else self._act_quietly)
