@@ -45,27 +45,17 @@ def draw_episodes(stored: dict, some: np.ndarray, K: int, generator: np.random.G
 
 
 # ---------------------------------------------------------------- advantages
-def baseline_products(family, settings: Settings) -> list[int]:
-    """Entries of the MLP's input whose products the baseline sees; [release] none."""
-    return list(family.baseline_products) if settings.baseline == "products" else []
-
-
-def linear_baseline(x: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor,
-                    products: list[int]) -> torch.Tensor:
+def linear_baseline(x: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Values (n, K, T): a least-squares fit of returns, per task (Duan et al. 2016).
 
     x (n, K, T, F): what the policy's MLP sees; returns and mask (n, K, T). Features are x, x^2, t,
-    t^2, t^3, 1, and [ours] the products x_i x_j of the entries named in `products`: the value of a
-    block's distance to a goal is no sum over coordinates. Computed in float64.
+    t^2, t^3 and 1. Computed in float64.
     """
     n, K, T, _ = x.shape
     x = x.double().clamp(-10, 10)
     t = (torch.arange(T, dtype=torch.float64, device=x.device) / 100).expand(n, K, T)[..., None]
-    i, j = torch.triu_indices(len(products), len(products), 1, device=x.device)
-    crossed = x[..., products]
-    features = [x, x.square(), crossed[..., i] * crossed[..., j], t, t.square(), t ** 3,
-                torch.ones_like(t)]
-    features = torch.cat(features, dim=-1).view(n, K * T, -1)
+    features = torch.cat([x, x.square(), t, t.square(), t ** 3, torch.ones_like(t)], dim=-1)
+    features = features.view(n, K * T, -1)
     # Padding counts for nothing; a little ridge keeps the normal equations solvable.
     weighted = features * mask.double().view(n, K * T, 1)
     ridge = 1e-5 * torch.eye(features.shape[-1], dtype=torch.float64, device=x.device)
@@ -83,14 +73,14 @@ def discounted_sum(values: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 def advantages(x: torch.Tensor, reward: torch.Tensor, mask: torch.Tensor,
-               products: list[int], settings: Settings) -> torch.Tensor:
+               settings: Settings) -> torch.Tensor:
     """Generalised advantage estimates (n, K, T), centred per task (Schulman et al., Eq. 16).
 
     If every episode of a task got the same rewards, there is nothing to learn from. Dividing its
     near-zero advantages by their own size would turn noise into a signal, so they are set to zero.
     """
     returns = discounted_sum(reward * mask, settings.discount)
-    value = linear_baseline(x, returns, mask, products) * mask
+    value = linear_baseline(x, returns, mask) * mask
     next_value = torch.cat([value[..., 1:], torch.zeros_like(value[..., :1])], dim=-1)
     delta = reward + settings.discount * next_value - value                      # Eq. 11
     advantage = discounted_sum(delta * mask, settings.discount * settings.gae_lambda)
@@ -100,15 +90,14 @@ def advantages(x: torch.Tensor, reward: torch.Tensor, mask: torch.Tensor,
 
 
 @torch.no_grad()
-def policy_gradient_batch(episodes: dict, products: list[int], settings: Settings,
-                          scale: float | None = None,
+def policy_gradient_batch(episodes: dict, settings: Settings, scale: float | None = None,
                           device="cpu") -> tuple[dict, float | None]:
     """The batch of an inner step from explored episodes, and its advantages' scale.
 
-    `episodes`: tensors (n, K, T, ...) of `policy.Actor.explored`; `products`: see
-    `linear_baseline`. The batch is a dict of (n, B, ...), B = K * T: "features", "action",
-    "behaviour_log_prob" and "mask" as they are, and "advantage". With settings.noise_hold = m it
-    holds every m-th step only, those at which noise is drawn.
+    `episodes`: tensors (n, K, T, ...) of `policy.Actor.explored`. The batch is a dict of tensors
+    (n, B, ...), B = K * T: "features", "action", "behaviour_log_prob" and "mask" as they are, and
+    "advantage". With settings.noise_hold = m it holds every m-th step only, those at which noise
+    is drawn.
 
     One constant divides the advantages of all tasks: `scale` or, if that is None, this batch's root
     mean square. The release divides by each task's own deviation. Near the goal rewards hardly
@@ -118,7 +107,7 @@ def policy_gradient_batch(episodes: dict, products: list[int], settings: Setting
     """
     episodes = {name: value.to(device) for name, value in episodes.items()}
     mask = episodes["mask"]
-    advantage = advantages(episodes["features"], episodes["reward"], mask, products, settings)
+    advantage = advantages(episodes["features"], episodes["reward"], mask, settings)
     if settings.advantage_scale == "per task":
         own = advantage.square().sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
         scale, advantage = 1.0, advantage / own.sqrt().clamp(min=1e-6)

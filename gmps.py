@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from advantages import (
-    baseline_products,
     draw_episodes,
     for_all_tasks,
     policy_gradient_batch,
@@ -197,7 +196,6 @@ class MetaLearner:
     def __init__(self, problem, demonstrations, settings: Settings, state: dict | None = None):
         self.family, self.settings, self.demonstrations = problem.family, settings, demonstrations
         self.device, self.n = problem.device, len(problem.tasks)
-        self.products = baseline_products(problem.family, settings)
         self.given = demonstrations.actions.shape[1]  # labelled states per task before step 3c
         self.scale, self.collection, self.env_steps = None, 0, 0
         pre_update = min(settings.pre_update_tasks, self.n)
@@ -243,8 +241,8 @@ class MetaLearner:
         The first non-zero advantages fix their scale for the run.
         """
         episodes = draw_episodes(collected, some, self.settings.episodes, self.rng)
-        batch, self.scale = policy_gradient_batch(episodes, self.products, self.settings,
-                                                  self.scale, self.device)
+        batch, self.scale = policy_gradient_batch(episodes, self.settings, self.scale,
+                                                  self.device)
         return batch
 
     def count(self, name: str | None, episodes: dict) -> None:
@@ -276,7 +274,7 @@ class MetaLearner:
         params = [p for group in self.optimiser.param_groups for p in group["params"]]
         self.optimiser.zero_grad()
         loss.backward(inputs=params)
-        self.norm = torch.nn.utils.clip_grad_norm_(params, settings.clip_norm)
+        self.norm = torch.nn.utils.clip_grad_norm_(params, torch.inf)  # measures, clips nothing
         if not torch.isfinite(self.norm):
             raise FloatingPointError(
                 f"the meta-gradient is not finite in collection {self.collection}: start anew "
@@ -340,9 +338,8 @@ class Adapter:
     def update(self, episodes: dict) -> None:
         """One inner step on the episodes that `act` explored."""
         phi = self.actor.phi
-        batch, _ = policy_gradient_batch(
-            self.actor.explored(episodes), baseline_products(self.family, self.settings),
-            self.settings, self.scale, phi["z"].device)
+        batch, _ = policy_gradient_batch(self.actor.explored(episodes), self.settings, self.scale,
+                                         phi["z"].device)
         new = inner_step(phi, self.step_size(self.steps), batch, self.settings, first_order=True)
         self.steps += 1
         self.actor = Actor(detached(new), self.family, self.settings, self.generator)

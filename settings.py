@@ -101,8 +101,6 @@ class Settings:
                             "whether log-std is learned, and adapts in the inner step [release]")
     discount: float = within(0.9, 0.0, 1.0, "*of advantages [ours; release: 0.99]")
     gae_lambda: float = within(0.8, 0.0, 1.0, "*of advantages [ours; release: 1]")
-    baseline: str = one_of("products", ("products", "squares"),
-                           "whether the baseline sees products of observations [release: squares]")
     advantage_scale: str = one_of("common", ("common", "per task"),
                                   "divide advantages by one scale, or each task's [release]")
     max_weight: float = within(2.0, 1.0, 1e30, "upper bound of the importance weight w [ours]")
@@ -121,7 +119,6 @@ class Settings:
     learning_rate: float = within(5e-3, 1e-7, 1.0, "*of theta [release: 1e-3]")
     step_size_learning_rate: float = within(1e-2, 1e-7, 1.0, "of alpha [release: 1e-3]")
     final_rate: float = within(0.1, 0.0, 1.0, "both rates fall to this share [ours; release: 1]")
-    clip_norm: float = within(10.0, 1e-3, 1e6, "of the outer gradient [ours]")
     pre_update_imitation: float = within(
         0.3, 0.0, 100.0, "weight of the pre-update policy's own imitation loss [ours]")
     pre_update_tasks: int = within(
@@ -152,10 +149,10 @@ PAPER = dict(
     training_tasks=20, test_episodes=40, demonstration_noise=0.0, demonstration_detours=0,
     observations="raw", init_std=1.0, noise="independent", noise_hold=1, episodes=20,
     shared_episodes=0, init_step_size=0.5, later_steps=1.0, adapt_std="yes",
-    discount=0.99, gae_lambda=1.0, baseline="squares", advantage_scale="per task", max_weight=1e30,
+    discount=0.99, gae_lambda=1.0, advantage_scale="per task", max_weight=1e30,
     imitation_steps=0, collections=20, meta_steps=300, meta_batch=1000,
     imitated_action="mean", learning_rate=1e-3, step_size_learning_rate=1e-3, final_rate=1.0,
-    clip_norm=1e6, pre_update_imitation=0.0, pre_update_tasks=0)
+    pre_update_imitation=0.0, pre_update_tasks=0)
 
 # `--quick`: every phase for real, on budgets of seconds
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40,

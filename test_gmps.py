@@ -188,8 +188,8 @@ def test_imitation_loss_by_hand():
 # ---------------------------------------------------------------- the algorithm, step by step
 STEPS = dataclasses.replace(
     TINY, seed=1, training_tasks=3, episodes=3, collections=2, meta_steps=3, meta_batch=2,
-    aggregation_episodes=1, imitation_steps=2, learning_rate=0.02, clip_norm=0.1,
-    init_std=0.3, pre_update_imitation=0.1)
+    aggregation_episodes=1, imitation_steps=2, learning_rate=0.02, init_std=0.3,
+    pre_update_imitation=0.1)
 
 
 def watched(settings=STEPS, state=None, experts=scripted_expert):
@@ -306,7 +306,7 @@ def test_w_is_one_at_the_first_meta_step(collections):
 
 
 def test_meta_steps_by_hand(steps, collections):
-    """3b: Adam on theta and alpha, its clipped gradients and rates; metrics of that moment.
+    """3b: Adam on theta and alpha, its gradients and rates; metrics of that moment.
 
     Log-std stays as it began. Rates fall to a tenth over all six meta-steps.
     """
@@ -326,13 +326,12 @@ def test_meta_steps_by_hand(steps, collections):
             gradient = torch.autograd.grad(loss, sum(groups, []))
             norm = math.sqrt(sum(g.square().sum().item() for g in gradient))
             for value, g in zip(sum(groups, []), gradient):
-                value.grad = g * min(1.0, 0.1 / norm)
+                value.grad = g
             factor = 1 - 0.9 * step / 6
             for group, rate in zip(adam.param_groups, (0.02, 0.01)):
                 group["lr"] = rate * factor
             adam.step()
             step += 1
-        assert norm > 0.2, "clipping matters"
         assert close(after[0], theta) and close(after[1], alpha)
         log_p = policy.log_prob(policy.per_task(theta, 2), inner["features"], inner["action"])
         w = (log_p - inner["behaviour_log_prob"]).exp()[inner["mask"] > 0]

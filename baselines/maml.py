@@ -27,7 +27,7 @@ import torch
 
 import gmps
 import settings as settings_module
-from advantages import baseline_products, policy_gradient_batch
+from advantages import policy_gradient_batch
 from policy import (
     Actor,
     Params,
@@ -227,8 +227,8 @@ class MetaLearner(gmps.MetaLearner):
 
     def __init__(self, problem, settings: Settings, state: dict | None = None):
         self.family, self.settings, self.problem = problem.family, settings, problem
-        self.device, self.products = problem.device, baseline_products(problem.family, settings)
-        self.scale, self.collection, self.env_steps = None, 0, 0
+        self.device, self.scale = problem.device, None
+        self.collection, self.env_steps = 0, 0
         if state is None:
             generator = random_streams(settings.seed, "imitation", 0)[1]  # as GMPS's first weights
             theta = init_policy(self.family, settings, generator)
@@ -256,8 +256,8 @@ class MetaLearner(gmps.MetaLearner):
         actor = Actor(detached(phi), self.family, self.settings, self.generator)
         episodes = self.problem.rollout(actor, tasks, self.settings.episodes)
         self.count(name, episodes)
-        batch, self.scale = policy_gradient_batch(actor.explored(episodes), self.products,
-                                                  self.settings, self.scale, self.device)
+        batch, self.scale = policy_gradient_batch(actor.explored(episodes), self.settings,
+                                                  self.scale, self.device)
         return batch
 
     def step(self, phi: Params, adaptation: list[dict], after: dict) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 import settings as settings_module
-from advantages import baseline_products, policy_gradient_batch
+from advantages import policy_gradient_batch
 from baselines import refuse_images
 from gmps import inner_loss
 from local_policies import Replay, expert_input
@@ -154,9 +154,8 @@ class OnPolicy:
 
     def update(self, episodes: dict, progress: float) -> None:
         """One gradient step. Tasks share no number, so the summed loss gives each its own."""
-        batch, _ = policy_gradient_batch(
-            self.actor.explored(episodes), baseline_products(self.family, self.settings),
-            self.settings, device=self.phi["z"].device)
+        batch, _ = policy_gradient_batch(self.actor.explored(episodes), self.settings,
+                                         device=self.phi["z"].device)
         set_rates(self.optimiser, [self.settings.step_size], progress, final=0.1)
         self.optimiser.zero_grad()
         inner_loss(self.phi, batch, self.settings).sum().backward()

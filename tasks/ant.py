@@ -106,7 +106,6 @@ class AntGoal(MujocoFamily):
                                   + [0] * 14 + [1, 0, 0, 0, 1, 0, 0, 0, 1.0])
     observation_scale = np.array([0.7, 0.7, 0.15] + [0.3] * 4 + [0.5, 0.4] * 4 + [1.0] * 2 + [1.0]
                                  + [2.0] * 3 + [4.0] * 8 + [0.5] * 9)
-    baseline_products = [0, 1, 15, 16]  # x, y and their velocities
 
     # ---- settings, tables, films
     settings = dict(

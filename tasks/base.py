@@ -36,7 +36,6 @@ class TaskFamily:
     # ---- Optional: learning
     observation_centre = 0.0    # networks see (observation - centre) / scale,
     observation_scale = 1.0     # numbers or arrays (observation_size,)
-    baseline_products = ()      # entries of the MLP's input whose products the baseline sees
     image_shape = None          # (rows, columns, 3) of the image from the MuJoCo camera "policy";
                                 # `observe` then gives the numbers beside it. None: no image
     expert = None               # scripted: (n, B, obs), (n, task) -> (n, B, act). None: learn one

@@ -89,7 +89,7 @@ def explore(phi, problem, settings, episodes, generator):
 def push_batch(explored, settings, scale=None, tasks=slice(None)):
     """(batch of an inner step, scale) from what was explored on some tasks of push."""
     explored = {name: value[tasks] for name, value in explored.items()}
-    return policy_gradient_batch(explored, PUSH.baseline_products, settings, scale)
+    return policy_gradient_batch(explored, settings, scale)
 
 
 def with_policy_gradient(phi, explored, settings):

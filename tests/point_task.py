@@ -20,7 +20,6 @@ class PointGoal(TaskFamily):
     observation_size, action_size, task_size, outcome_size = 2, 2, 2, 2
     horizon, success_distance = 20, 0.1
     task_low, task_high = np.array([-1.0, -1.0]), np.array([1.0, 1.0])
-    baseline_products = [0, 1]
 
     def reward_terms(self, outcome, action, task):
         return {"near": -np.linalg.norm(outcome - task, axis=-1)}

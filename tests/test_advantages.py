@@ -14,7 +14,6 @@ from settings import STREAMS, random_streams
 from tasks import task_set
 from tests.conftest import PUSH, TINY, explore, make_problem, push_batch, reference_forward
 
-PRODUCTS = PUSH.baseline_products
 PROBLEM = make_problem(task_set(PUSH, "train", 2))
 NOISY = dataclasses.replace(TINY, noise="independent")
 
@@ -116,7 +115,7 @@ def test_batch_of_the_inner_step(collected):
     assert (gmps.importance_weights(log_prob, batch, NOISY) - 1).abs().max() <= 1e-6
     given = advantages.advantages(
         torch.as_tensor(x).view(2, 3, 50, 6), torch.as_tensor(episodes["rewards"]).view(2, 3, 50),
-        torch.ones(2, 3, 50), PRODUCTS, NOISY).view(2, 150)
+        torch.ones(2, 3, 50), NOISY).view(2, 150)
     assert scale == pytest.approx(given.square().mean().sqrt().item(), rel=1e-3)
     assert torch.allclose(batch["advantage"].double(), given / scale, rtol=1e-3, atol=1e-3)
     thin = dataclasses.replace(NOISY, noise_hold=3)
@@ -141,13 +140,12 @@ def trajectories(T, seed):
 def test_baseline_against_lstsq():
     """Ridge regression (1e-5) as lstsq on stacked equations, features written out, masked."""
     observation, returns, mask = trajectories(30, seed=0)
-    value = advantages.linear_baseline(observation, returns, mask, PRODUCTS).view(2, 120)
+    value = advantages.linear_baseline(observation, returns, mask).view(2, 120)
     for i in range(2):
         rows = []
         for k, t in np.ndindex(4, 30):
             s = observation[i, k, t].clamp(-10, 10).numpy()
-            products = [s[a] * s[b] for a in range(6) for b in range(a + 1, 6)]
-            rows.append([*s, *(s * s), *products, t / 100, (t / 100) ** 2, (t / 100) ** 3, 1])
+            rows.append([*s, *(s * s), t / 100, (t / 100) ** 2, (t / 100) ** 3, 1])
         X, y, kept = np.array(rows), returns[i].reshape(-1).numpy(), mask[i].reshape(-1) > 0
         ridge = math.sqrt(1e-5) * np.eye(X.shape[1])
         stacked = np.vstack([X[kept], ridge]), np.r_[y[kept], np.zeros(len(ridge))]
@@ -168,7 +166,7 @@ def test_advantages_are_the_weighted_sum_of_n_step_ones(lam):
     lengths, returns = mask.sum(2).int().tolist(), torch.zeros(2, 4, 9, dtype=torch.float64)
     for i, k, t in np.ndindex(2, 4, 9):
         returns[i, k, t] = sum(0.9 ** j * reward[i, k, t + j] for j in range(lengths[i][k] - t))
-    value = advantages.linear_baseline(observation, returns, mask, PRODUCTS)
+    value = advantages.linear_baseline(observation, returns, mask)
     expected = torch.zeros_like(returns)
     for i, k, t in np.ndindex(2, 4, 9):
         steps, left = [], lengths[i][k] - t
@@ -180,7 +178,7 @@ def test_advantages_are_the_weighted_sum_of_n_step_ones(lam):
             weights = [(1 - lam) * lam ** j for j in range(left - 1)] + [lam ** (left - 1)]
             expected[i, k, t] = sum(w * step for w, step in zip(weights, steps))
     expected -= expected.sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
-    found = advantages.advantages(observation, reward, mask, PRODUCTS, settings)
+    found = advantages.advantages(observation, reward, mask, settings)
     assert torch.allclose(found, expected * mask, rtol=0, atol=1e-8)
 
 

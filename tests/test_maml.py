@@ -59,7 +59,7 @@ def iterations():
     before = theta, gmps.init_step_sizes(theta, STEPS)
     for k, (state, metrics, _) in enumerate(named(events, "yield")):
         rollouts = named(events, "rollout")[3 * k:3 * k + 3]
-        batches = [policy_gradient_batch(explored, [0, 1], STEPS)[0]
+        batches = [policy_gradient_batch(explored, STEPS)[0]
                    for _, explored, *_ in rollouts]
         after = state["policy"]["theta"], state["policy"]["alpha"]
         out.append((before, after, rollouts, batches, metrics))
@@ -164,8 +164,7 @@ def test_what_the_outer_step_moves():
             fixed = learn == "no" or (name == "log_std" and adapt_std == "no")
             expected = 0 * start[name] if adapt_std == "no" and name == "log_std" else start[name]
             assert fixed == torch.equal(value, expected), (learn, adapt_std, name)
-    images = SimpleNamespace(observation_size=3, action_size=3, image_shape=(48, 64, 3),
-                             baseline_products=())
+    images = SimpleNamespace(observation_size=3, action_size=3, image_shape=(48, 64, 3))
     learner = maml.MetaLearner(SimpleNamespace(family=images, device="cpu"), STEPS)
     for name, value in (*learner.theta.items(), *learner.alpha.items()):
         assert value.requires_grad != name.startswith("conv")

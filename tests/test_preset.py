@@ -10,7 +10,6 @@ import gmps
 import phases
 import policy
 import run
-from advantages import baseline_products
 from checkpoints import load_checkpoint
 from settings import PAPER, Settings
 from tests.conftest import ARGUMENTS, PUSH, TINY, explore, make_problem, push_batch, refused, start
@@ -89,11 +88,8 @@ def test_imitated_action_is_the_executed_one_or_the_mean():
         assert loss.item() == pytest.approx(3 * miss ** 2, rel=1e-4)
 
 
-def test_rates_and_baseline():
+def test_rates():
     optimiser = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     for final, expected in ((1.0, 2.0), (0.1, 1.1)):
         policy.set_rates(optimiser, [2.0], 0.5, final)
         assert optimiser.param_groups[0]["lr"] == pytest.approx(expected)
-    for choice, products in (("products", [0, 1, 2, 3, 4, 5]), ("squares", [])):
-        settings = dataclasses.replace(TINY, baseline=choice)
-        assert baseline_products(PUSH, settings) == products

@@ -199,7 +199,7 @@ def test_convolutions_run_once_for_each_image_of_a_rollout_and_never_adapt(
     problem.rollout = environments.rollout
     phi, alpha = policy.per_task(theta, 2), gmps.init_step_sizes(theta, SMALL)
     episodes, explored = explore(phi, problem, SMALL, 2, torch.Generator().manual_seed(0))
-    batch, _ = policy_gradient_batch(explored, VISION.baseline_products, SMALL)
+    batch, _ = policy_gradient_batch(explored, SMALL)
     phi = gmps.adapt(theta, alpha, batch, SMALL, first_order=True)
     assert len(seen) == VISION.horizon and {image.shape for image in seen} == {(2, 2, 48, 64, 3)}
     hand = episodes["observations"][:, :-1].reshape(2, 2, 50, 3)
