@@ -281,7 +281,7 @@ KEYPOINTS = 2 * FILTERS  # numbers: x and y of one point per filter
 CONVOLUTIONS = ((3, 5, 3), (FILTERS, 3, 3), (FILTERS, 3, 1))  # channels, kernel, stride [release]
 SHARPNESS = 10.0  # of the soft-argmax [ours]: points spread over the image from the start
 STATE_WEIGHT = 10.0  # in imitation, of telling the state behind an image [ours]
-CHUNK = 500       # images at a time: intermediate results then fit into a processor's cache
+CHUNK = 100       # images at a time: intermediate results then fit into a processor's cache
 
 
 def init_convolutions(generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Params:
