@@ -109,8 +109,8 @@ class Settings:
     imitation_steps: int = within(
         300, 0, 1_000_000, "gradient steps of imitation before meta-training [ours; release: none]")
     imitation_batch: int = within(200, 1, 100_000, "labelled states per task and meta-step")
-    collections: int = within(3, 1, 10_000, "*passes through step 3 of the algorithm")
-    meta_steps: int = within(1000, 1, 10_000, "*Adam steps on one collection [release: 300 to 500]")
+    collections: int = within(5, 1, 10_000, "*passes through step 3 of the algorithm")
+    meta_steps: int = within(600, 1, 10_000, "*Adam steps on one collection [release: 300 to 500]")
     meta_batch: int = within(5, 1, 1000, "tasks per meta-step [release: all]")
     aggregation_episodes: int = within(
         1, 0, 1000, "per task and collection, step 3c; 0: none [release: none]")

@@ -110,7 +110,7 @@ class AntGoal(MujocoFamily):
     # ---- settings, tables, films
     settings = dict(
         expert_return_steps=10, expert_noise_correlation=0.9, noise_hold=8, discount=0.99,
-        gae_lambda=0.95, episodes=50, shared_episodes=150, imitation_steps=600, meta_steps=400,
+        gae_lambda=0.95, episodes=50, shared_episodes=75, imitation_steps=600, meta_steps=240,
         imitation_batch=800, test_episodes=50)
     local_settings = dict(training_tasks=20, expert_iterations=100, expert_episodes=20,
                           expert_updates=400)

@@ -26,8 +26,7 @@ class SawyerPushVision(SawyerPush):
     observation_size, image_shape = 3, (48, 64, 3)  # numbers beside the image; the image
     observation_centre, observation_scale = np.array([0.0, 0.6, 0.1]), np.full(3, 0.1)
     settings = SawyerPush.settings | dict(
-        demonstration_episodes=5, imitation_steps=1500, imitation_batch=30, collections=5,
-        later_steps=0.1, noise_hold=1)
+        demonstration_episodes=5, imitation_steps=1500, imitation_batch=30, noise_hold=1)
     published = {}
 
     @property

@@ -34,10 +34,9 @@ class SawyerPush(SawyerFamily):
     observation_scale = np.full(6, 0.1)
 
     # ---- settings and published levels
-    # Episodes have only 50 steps. So experts need fewer iterations and a smaller discount, and 60
-    # shared episodes are enough.
+    # Episodes have only 50 steps. So experts need fewer iterations and a smaller discount.
     settings = dict(expert_iterations=75, expert_updates=200, expert_discount=0.95,
-                    shared_episodes=60)
+                    shared_episodes=20)
     local_settings = dict(training_tasks=20, expert_episodes=80, expert_width=64,
                           expert_updates=300)
     published = {"experts_training": "670, 0.031 m (10 goals, authors' simulator)",

@@ -50,7 +50,7 @@ ABLATIONS = {
         "no pre-update loss": {"pre_update_imitation": 0.0},
         "learning rate 1e-3": {"learning_rate": 1e-3},
         "constant rates": {"final_rate": 1.0},
-        "20 tasks per meta-step": {"meta_batch": 20, "meta_steps": 250},
+        "20 tasks per meta-step": {"meta_batch": 20, "meta_steps": 150},
         "300 meta-steps": {"meta_steps": 300},
         "std from 1": {"init_std": 1.0},
         "no aggregation": {"aggregation_episodes": 0},
