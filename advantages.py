@@ -95,9 +95,9 @@ def policy_gradient_batch(episodes: dict, settings: Settings, scale: float | Non
     """The batch of an inner step from explored episodes, and its advantages' scale.
 
     `episodes`: tensors (n, K, T, ...) of `policy.Actor.explored`. The batch is a dict of tensors
-    (n, B, ...), B = K * T: "features", "action", "behaviour_log_prob" and "mask" as they are, and
-    "advantage". With settings.noise_hold = m it holds every m-th step only, those at which noise
-    is drawn.
+    (n, B, ...): "features", "action", "behaviour_log_prob" and "mask" as they are, and "advantage".
+    It holds every m-th step only, those at which noise is drawn: m = settings.noise_hold, and
+    B = K * ceil(T / m).
 
     One constant divides the advantages of all tasks: `scale` or, if that is None, this batch's root
     mean square. The release divides by each task's own deviation. Near the goal rewards hardly

@@ -5,7 +5,7 @@ arXiv 1904.00956v2). Step numbers are our own, see README. Marks, here and in al
 [release] is the authors' code, [ours] departs from it (docs/deviations.md).
 
 This file knows no environment and no expert: `problem` (phases.Problem) brings both as callables.
-Letters in shapes: n tasks, K episodes per task, T steps, B = K * T samples per task, F features.
+Letters in shapes: n tasks, K episodes per task, T steps, B samples per task, F features.
 Parameters are dicts of tensors (policy.py): `theta` without, `phi` with a leading task axis.
 """
 import copy
@@ -73,7 +73,8 @@ def collect(learner: "MetaLearner", problem) -> dict:
     Their "behaviour_log_prob" is all that must be kept of theta_0.
 
     [ours] With `shared_episodes` all tasks share their episodes. pi_theta_0 is the same on every
-    task, and so are the dynamics. A task decides about rewards alone, and meta-training knows how.
+    task, and so are the dynamics. A task changes only the rewards, and meta-training knows the
+    reward function.
     """
     settings, family = learner.settings, problem.family
     shared = settings.shared_episodes if family.outcome_size else 0
@@ -274,7 +275,7 @@ class MetaLearner:
         params = [p for group in self.optimiser.param_groups for p in group["params"]]
         self.optimiser.zero_grad()
         loss.backward(inputs=params)
-        self.norm = torch.nn.utils.clip_grad_norm_(params, torch.inf)  # measures, clips nothing
+        self.norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if not torch.isfinite(self.norm):
             raise FloatingPointError(
                 f"the meta-gradient is not finite in collection {self.collection}: start anew "

@@ -49,7 +49,7 @@ from tasks.base import TaskFamily
 from tools.pictures import draw_film, draw_plot
 
 EXPERT_CHECKPOINT_EVERY = 5  # iterations: such a checkpoint holds the whole replay
-CURVE_TASKS, CURVE_ROUNDS = 10, 3  # validation tasks and rounds of test episodes of a curve's point
+CURVE_TASKS, CURVE_ROUNDS = 10, 3  # of validation, for each point of the curve
 
 
 def progress_bar(description: str, total: int, done: int) -> tqdm:
@@ -220,11 +220,11 @@ class Problem:
                                   settings.test_episodes, settings.seed, purpose="curve",
                                   stream=iteration, explore_last=False)
             # What measuring costs is not what training costs: it is counted apart.
-            spent = sum(journal.env_steps[phase] for phase in ("experts", "meta_training"))
-            journal.curve += curve_points(evaluation, spent)
-            for counts, spent in ((journal.env_steps, evaluation.env_steps),
-                                  (journal.divergences, evaluation.divergences)):
-                counts["curve"] = counts.get("curve", 0) + spent
+            before = sum(journal.env_steps[phase] for phase in ("experts", "meta_training"))
+            journal.curve += curve_points(evaluation, before)
+            for counts, more in ((journal.env_steps, evaluation.env_steps),
+                                 (journal.divergences, evaluation.divergences)):
+                counts["curve"] = counts.get("curve", 0) + more
 
     def _learn_experts(self) -> None:
         settings, journal = self.settings, self.journal

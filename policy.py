@@ -130,11 +130,13 @@ def exploration_noise(shape: tuple[int, int, int], settings: Settings,
                       generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Endless standard normal noise (n, K, act) for K episodes of each of n tasks.
 
-    It is held for `noise_hold` steps: at the ant's 100 Hz the legs filter white noise out.
+    It is held for `noise_hold` steps [ours]: at the ant's 100 Hz the legs filter white noise out,
+    and on push that halves the samples.
 
-    [ours] "orthogonal": over the K episodes each number of the noise sums to zero and has square
-    K, and the products of different ones sum to zero: of other action dimensions, and of as many
-    neighbouring draws as K allows. So a policy gradient does not mistake chance correlation for an
+    [ours] "orthogonal": over the K episodes each number of the noise sums to zero, and its squares
+    sum to K. The products of different ones sum to zero: of other action dimensions, and of as many
+    neighbouring draws as K allows. With no more episodes than action dimensions noise is
+    independent. So a policy gradient does not mistake chance correlation for an
     effect. Each episode by itself still looks normal. Compare Choromanski et al. 2018, "Structured
     Evolution with Compact Architectures for Scalable Policy Optimization".
     """
@@ -219,7 +221,7 @@ def leaky_clip(action: torch.Tensor) -> torch.Tensor:
 
 
 def imitated(action: torch.Tensor, settings: Settings) -> torch.Tensor:
-    """What of a mean action imitates the expert.
+    """The action that the loss compares with the expert's.
 
     With imitated_action "executed" it is clipped first [ours]. Most expert actions are at full
     speed, 1, and the environment executes a mean of 1.2 as 1.

@@ -83,7 +83,8 @@ class Settings:
                                "what the policy sees: in units of about one; raw [release]")
     hidden: int = within(100, 1, 4096, "*units in each of two hidden layers [release]")
     bias_vector: int = within(4, 1, 1000, "size of the learned input z [release]")
-    init_std: float = within(0.5, 1e-3, 10.0, "exploration noise at the start [release: 1]")
+    init_std: float = within(
+        0.5, 1e-3, 10.0, "std of exploration noise; with adapt_std, at the start [release: 1]")
     noise: str = one_of("orthogonal", ("orthogonal", "independent"),
                         "exploration noise over a task's episodes; independent [release]")
     noise_hold: int = within(2, 1, 1000, "m: exploration noise is held for m time steps, and the "
@@ -97,8 +98,8 @@ class Settings:
     later_steps: float = within(
         0.3, 0.0, 1.0,
         "at meta-test, factor on alpha's positive part after the first step; 1: alpha [release]")
-    adapt_std: str = one_of("no", ("no", "yes"),
-                            "whether log-std is learned, and adapts in the inner step [release]")
+    adapt_std: str = one_of("no", ("no", "yes"), "yes: log-std is learned, and adapts in the inner "
+                                                 "step [release]; no [ours]")
     discount: float = within(0.9, 0.0, 1.0, "*of advantages [ours; release: 0.99]")
     gae_lambda: float = within(0.8, 0.0, 1.0, "*of advantages [ours; release: 1]")
     advantage_scale: str = one_of("common", ("common", "per task"),

@@ -4,11 +4,11 @@
     python tools/ablations.py --task push --jobs 16     # sixteen at a time, for 16 cores
     python tools/ablations.py --show                    # a table and a picture of what is there
 
-Every run is `run.py` on one thread with one setting changed. What leaves the experts alone takes
-those of the recipe's run with the same seed; their steps are counted all the same. Each policy then
-adapts to 40 validation goals, never to the held-out ones (but for --preset paper, which is read
-from results/). Kept: results/ablations/TASK/NAME/seedS.json. A command that was stopped goes on
-where it was. The picture is effects.png there.
+Every run is `run.py` on one thread with one setting changed. A run that does not change the experts
+uses those of the recipe's run with the same seed; their steps are counted all the same. Each policy
+then adapts to 40 validation goals, never to the held-out ones (but for --preset paper, which is
+read from results/). Kept: results/ablations/TASK/NAME/seedS.json. A command that was stopped goes
+on where it was. The picture is results/ablations/effects.png.
 """
 import argparse
 import json

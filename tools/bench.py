@@ -137,7 +137,7 @@ def bench_learner(updates: int = 40) -> None:
 def meta_stepper(settings: Settings, device="cpu"):
     """A function that takes a meta-step of push on some rows of a batch of random numbers."""
     family = make_family("push")
-    n, B = settings.meta_batch, settings.episodes * family.horizon
+    n, B = settings.meta_batch, settings.episodes * -(-family.horizon // settings.noise_hold)
     generator = torch.Generator().manual_seed(0)
     theta = {name: value.to(device)
              for name, value in policy.init_policy(family, settings, generator).items()}
