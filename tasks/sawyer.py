@@ -126,6 +126,7 @@ class SawyerFamily(MujocoFamily):
     frame_skip = 5              # of 0.01 s
     control_spec = int(mujoco.mjtState.mjSTATE_MOCAP_POS)
     observation_limit = 2.0     # metres
+    frames_every = 2
 
     def observe(self, state, sensors):
         """The first six sensor readings (B, 6)."""

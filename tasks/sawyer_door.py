@@ -76,7 +76,7 @@ class SawyerDoor(SawyerFamily):
         pre_update_tasks=12, pre_update_imitation=1.0, advantage_scale="per task",
         aggregation_episodes=0, collections=6, meta_steps=200, meta_batch=10, later_steps=0.05)
     table = ("angle error (degrees)", np.degrees(1.0), 1)
-    goal_size, frames_every = (0.012, 0.012, 0.012), 2
+    goal_size = (0.012, 0.012, 0.012)
 
     # ---- model
     def xml(self):
