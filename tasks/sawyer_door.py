@@ -74,7 +74,7 @@ class SawyerDoor(SawyerFamily):
     settings = dict(
         experts="scripted", training_tasks=20, demonstration_episodes=12, demonstration_detours=6,
         pre_update_tasks=12, pre_update_imitation=1.0, advantage_scale="per task",
-        aggregation_episodes=0, collections=6, meta_steps=200, meta_batch=10, later_steps=0.05)
+        aggregation_episodes=0, collections=6, meta_steps=200, meta_batch=10, later_steps=0.1)
     table = ("angle error (degrees)", np.degrees(1.0), 1)
     goal_size = (0.012, 0.012, 0.012)
 
