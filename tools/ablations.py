@@ -181,7 +181,8 @@ def show(task: str) -> str:
     lines = [f"| undone | setting | return after 1 step | after 3 steps | {title} after 3 steps |",
              "|---|---|---|---|---|"]
     for name in sorted(first, key=lambda name: first[name].mean()):
-        changes = {"preset": "paper"} if name == PAPER else ABLATIONS[task][name]
+        changes = {"preset": "paper"} if name == PAPER else json.loads(
+            next(kept(task, name, 0).parent.glob("seed*.json")).read_text())["changes"]
         setting = ", ".join(f"{key}={value}" for key, value in changes.items())
         cells = [f"{part[name].mean():+.0f} ({', '.join(f'{x:+.0f}' for x in part[name])})"
                  for part in (first, third)]
