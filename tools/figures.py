@@ -228,6 +228,8 @@ def outside(results: Path):
     bands = [label for label, _ in family.bands()]
     figure, axes, factors = panels("ant", len(bands), rows=2)
     for row, key, factor, label in zip(axes, MEASURES, factors, ("return", family.table[0])):
+        for axis in row[1:]:
+            axis.sharey(row[0])  # before anything is drawn: else only the first panel counts
         for method, seeds in runs.items():
             x, _ = against_episodes(seeds, key)
             means = [[values for _, values in band_means(family, seed, key)] for seed in seeds]
@@ -237,7 +239,6 @@ def outside(results: Path):
                 axis.set_xticks([0, x[1], x[-1]], [0, x[1], x[-1]])
                 axis.minorticks_off()
         for axis, band in zip(row, bands):
-            axis.sharey(row[0])
             axis.set(title=band if key == "return" else "", ylabel="",
                      xlabel="" if key == "return" else "episodes of the new task")
         row[0].set_ylabel(label)
