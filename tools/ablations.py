@@ -100,6 +100,12 @@ def command(task: str, seed: int, changes: dict, out: Path) -> list[str]:
     return ["--task", task, "--seed", str(seed), "--threads", "1", "--out", str(out), *changed]
 
 
+def kept_runs(task: str, name: str) -> list[dict]:
+    """What is kept of an ablation, a dict for each seed."""
+    files = kept(task, name, 0).parent.glob("seed*.json")
+    return [json.loads(path.read_text()) for path in sorted(files)]
+
+
 def lend_experts(task: str, name: str, seed: int) -> None:
     """Give a run the experts of the recipe's run, if it leaves them alone."""
     changes, out = ABLATIONS[task][name], place(task, name, seed)
@@ -153,9 +159,7 @@ def effects(task: str, key: str, k: int) -> dict[str, np.ndarray]:
     PAPER is the difference between two sets of results/TASK, both of held-out goals.
     """
     def of(name):
-        folder = kept(task, name, 0).parent
-        rows = [json.loads(path.read_text()) for path in sorted(folder.glob("seed*.json"))]
-        return {row["seed"]: row[key][k] for row in rows}
+        return {row["seed"]: row[key][k] for row in kept_runs(task, name)}
 
     def result_of(method):
         files = (ROOT / "results" / task / method).glob("seed*/result.json")
@@ -181,8 +185,7 @@ def show(task: str) -> str:
     lines = [f"| undone | setting | return after 1 step | after 3 steps | {title} after 3 steps |",
              "|---|---|---|---|---|"]
     for name in sorted(first, key=lambda name: first[name].mean()):
-        changes = {"preset": "paper"} if name == PAPER else json.loads(
-            next(kept(task, name, 0).parent.glob("seed*.json")).read_text())["changes"]
+        changes = {"preset": "paper"} if name == PAPER else kept_runs(task, name)[0]["changes"]
         setting = ", ".join(f"{key}={value}" for key, value in changes.items())
         cells = [f"{part[name].mean():+.0f} ({', '.join(f'{x:+.0f}' for x in part[name])})"
                  for part in (first, third)]
