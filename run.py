@@ -305,10 +305,10 @@ def load_policy(folder: Path, options):
     return family, adapter, content
 
 
-def evaluate_saved(options) -> None:
-    """Adapt the policy in a folder to the user's goals, or to the held-out ones.
+def evaluate_saved(options, wrap=lambda adapter, K: adapter, **noted) -> None:
+    """Adapt the policy in a folder, with its own settings, to the user's goals or the held-out.
 
-    The policy's own settings count, so that it explores and steps as it was trained to.
+    `wrap` may change how it adapts, in rounds of K episodes; `noted` goes into result.json.
     """
     source = options.evaluate
     family, adapter, content = load_policy(source, options)
@@ -334,13 +334,13 @@ def evaluate_saved(options) -> None:
         problem = Problem(settings, out, options.device, options.threads)
         problem.journal.restore(content)
         with problem.journal.timing("evaluation"):
-            evaluation = evaluate(problem.environments, adapter, goals, rounds, episodes,
-                                  options.seed, experts_beside(source, family, content, options),
-                                  progress=True)
+            evaluation = evaluate(problem.environments, wrap(adapter, episodes), goals, rounds,
+                                  episodes, options.seed,
+                                  experts_beside(source, family, content, options), progress=True)
         problem.close()
         lists = evaluation.lists
         write_json(out / "result.json", result_of(problem, evaluation, options.seed) | {
-            "trained_seed": settings.seed, "rollouts": episodes} | lists)
+            "trained_seed": settings.seed, "rollouts": episodes, **noted} | lists)
         if options.extrapolate:
             print(band_table(family, lists))
             draw_extrapolation(out, family, lists)

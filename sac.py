@@ -46,15 +46,22 @@ def mlp(params: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def gaussian(params: list[torch.Tensor],
+             observation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-std (N, B, act) of the policy before tanh."""
+    mean, log_std = mlp(params, observation).chunk(2, dim=-1)
+    # A clamp has no gradient outside its range, where log-std would stay for good. A tanh has one.
+    log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
+    return mean, log_std
+
+
 def squashed_sample(params: list[torch.Tensor], observation: torch.Tensor,
                     noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Tanh-Gaussian policy: actions (N, B, act) and log-probabilities (N, B).
 
     `noise` (N, B, act) is standard normal.
     """
-    mean, log_std = mlp(params, observation).chunk(2, dim=-1)
-    # A clamp has no gradient outside its range, where log-std would stay for good. A tanh has one.
-    log_std = LOG_STD_MIN + 0.5 * (LOG_STD_MAX - LOG_STD_MIN) * (torch.tanh(log_std) + 1)
+    mean, log_std = gaussian(params, observation)
     pre_tanh = mean + log_std.exp() * noise
     log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
     # minus log(1 - tanh(u)^2), in a form that stays finite for large |u| (the paper's appendix C)
@@ -65,7 +72,7 @@ def squashed_sample(params: list[torch.Tensor], observation: torch.Tensor,
 
 def squashed_mean(params: list[torch.Tensor], observation: torch.Tensor) -> torch.Tensor:
     """Deterministic action (N, B, act): tanh of the Gaussian's mean."""
-    return torch.tanh(mlp(params, observation).chunk(2, dim=-1)[0])
+    return torch.tanh(gaussian(params, observation)[0])
 
 
 def critic_values(params: list[torch.Tensor], observation: torch.Tensor,

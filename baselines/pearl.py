@@ -163,8 +163,7 @@ class Learner:
         encoder = state["policy"]["encoder"] if state is not None else init_mlp(
             sizes, 1, random_streams(settings.seed, "meta-training", 0)[1])
         self.encoder = [p.to(self.device, copy=True).requires_grad_() for p in encoder]
-        # What sac.py and `Replay.sample` read under other names.
-        self.drawn = replace(
+        self.drawn = replace(  # what sac.py and `Replay.sample` read under other names
             settings, expert_learning_rate=settings.learning_rate, expert_batch=settings.task_batch,
             expert_relabelled=settings.relabelled if family.outcome_size else 0.0)
         self.learner = SoftActorCritic(1, family.observation_size + latent, family.action_size,
@@ -187,8 +186,8 @@ class Learner:
         if self.collection == self.settings.collections:
             return False
         self.collection += 1
-        self.rng, self.generator = random_streams(
-            self.settings.seed, "meta-training", self.collection)
+        self.rng, self.generator = random_streams(self.settings.seed, "meta-training",
+                                                  self.collection)
         self.steps_before, self.row, self.info = self.env_steps, {"divergences": 0}, {}
         return True
 
@@ -277,16 +276,17 @@ class Adapter:
     @torch.no_grad()
     def act(self, observation, last: dict | None = None, explore: bool = True) -> np.ndarray:
         """Actions (count * K, act) for count * K environments, ordered by task."""
-        if last is None:  # an episode begins
-            K = len(observation) // len(self.context[0])
-            mean, variance = (x.repeat_interleave(K, 0) for x in posterior(*self.context))
+        if last is None:  # an episode begins; one actor for all, or one a task (tools/finetune.py)
+            B, actors = len(observation), len(self.actor[0])
+            mean, variance = (x.repeat_interleave(B // len(x), 0) for x in posterior(*self.context))
             self.z = draw(mean, variance, self.generator) if explore else mean
-            self.noise = CorrelatedNoise((1, len(mean), self.family.action_size),
+            self.noise = CorrelatedNoise((actors, B // actors, self.family.action_size),
                                          self.settings.expert_noise_correlation, self.generator)
-        x = torch.cat([normalised(self.family, observation).to(self.z), self.z], dim=-1)[None]
+        x = torch.cat([normalised(self.family, observation).to(self.z), self.z], dim=-1)
+        x = x.view(*self.noise.shape[:2], -1)
         action = (squashed_sample(self.actor, x, next(self.noise).to(x))[0] if explore
                   else squashed_mean(self.actor, x))
-        return action[0].cpu().numpy()
+        return action.flatten(0, 1).cpu().numpy()
 
     @torch.no_grad()
     def update(self, episodes: dict) -> None:
@@ -294,7 +294,7 @@ class Adapter:
         observations, count = episodes["observations"], len(self.context[0])
         context = context_input(self.family, self.settings, observations[:, :-1],
                                 episodes["actions"], episodes["rewards"], observations[:, 1:])
-        mask = torch.as_tensor(episodes["mask"], dtype=torch.float32)
-        new = evidence(self.encoder, *(x.reshape(count, -1, *x.shape[2:]).to(self.device)
+        mask = torch.as_tensor(episodes["mask"]).to(context)
+        new = evidence(self.encoder, *(x.view(count, -1, *x.shape[2:]).to(self.device)
                                        for x in (context, mask)))
         self.context = [old + more for old, more in zip(self.context, new)]
