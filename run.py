@@ -80,8 +80,7 @@ def make_parser(method: str) -> Parser:
     option("--reward", help="default: the task's usual one")
     option("--experts", choices=("contextual", "local"),
            help="one expert that is told the goal, or one learner per training task")
-    option("--demos", type=Path, metavar="FILE",
-           help="meta-train from demonstrations alone: npz, or a Minari dataset (docs/fork.md)")
+    option("--demos", type=Path, metavar="FILE", help="demonstrations: npz, Minari (docs/fork.md)")
     option("--out", type=Path, help="output folder (default: runs/TASK/METHOD/seedSEED; with "
            "--evaluate: DIR/evaluation; with --view, for films: runs/view/TASK)")
     option("--device", default="cpu", help="for the networks: cpu or cuda")
@@ -196,6 +195,7 @@ def choose_settings(options, task: str, seed: int,
                 raise UserError(f"--set {name}: use --{name}")
         # A user's demonstrations bring their tasks, and no expert that could label more states.
         if demos is not None:
+            baselines.refuse_demonstrations(method)
             for name in changed.keys() & {"training_tasks", "aggregation_episodes"}:
                 raise UserError(f"--set {name}: --demos brings its own tasks, but no expert for "
                                 "further labels")

@@ -65,6 +65,12 @@ def load(name: str):
     return importlib.import_module(METHODS[name])
 
 
+def refuse_demonstrations(method: str) -> None:
+    """UserError for a method that learns from reward alone, and would leave --demos unread."""
+    if method in ("maml", "rl2", "pearl", "scratch"):
+        raise UserError(f"--method {method} learns from reward alone: leave --demos out")
+
+
 def refuse_images(family, settings) -> None:
     """For a method whose networks take numbers alone: UserError if the policy would see images."""
     if family.image_shape:

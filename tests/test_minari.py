@@ -173,7 +173,8 @@ def test_demonstrations_in_a_plain_gymnasium_environment_go_out_and_in(tmp_path,
     ("{finished} --id nameless", "give one like"), ("{finished} --id a", "give one like"),
     ("{finished} --id own/push-v0", "first `minari delete own/push-v0`"),
     ("nowhere", "no settings.json"), ("{other}", "do not play its demonstrations again"),
-    ("{without}", "experts.pt: name the folder"), ("{given}", "that it was given")])
+    ("{without}", "experts.pt: name the folder"), ("{given}", "that it was given"),
+    ("{finished} --threads 0", "--threads must be between"), ("{finished} --device x", "no device")])
 def test_export_refuses_in_one_line_and_writes_nothing(finished, tmp_path, capsys, arguments, word):
     """`other` has changed labels, `without` no experts, `given` learned from a user's file."""
     write([episode(GOALS[0])], "own/push-v0")
@@ -187,7 +188,7 @@ def test_export_refuses_in_one_line_and_writes_nothing(finished, tmp_path, capsy
     write_json(folders["given"] / "settings.json",
                dataclasses.asdict(Settings(experts="demonstrations")))
     capsys.readouterr()
-    assert minari_export.main([*arguments.format(**folders).split(), "--threads", "1"]) == 2
+    assert minari_export.main(["--threads", "1", *arguments.format(**folders).split()]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0]
     assert list(minari.list_local_datasets()) == ["own/push-v0"]

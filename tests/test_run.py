@@ -289,6 +289,8 @@ def test_run_from_the_users_demonstrations_asks_no_expert(finished, tmp_path, ca
     assert "other demonstrations" in refused(capsys, *command, "other.npz")
     for setting in ("training_tasks=9", "aggregation_episodes=2"):
         assert "--demos" in refused(capsys, *command, "other.npz", "--set", setting)
+    for method in ("maml", "rl2", "pearl", "scratch"):
+        assert "reward alone" in refused(capsys, *command, "other.npz", "--method", method)
     assert start(*command, finished / "demonstrations.npz") == 0 and timeless(out) == result
 
 

@@ -118,7 +118,7 @@ def test_forecast_by_hand(tmp_path, monkeypatch):
     known = [made("a", {"experts": 40, "meta_training": 50 * 60}) for _ in range(4)]
     line = sweep.forecast([*known, made("b"), made("c", state="done")], 2)
     assert line.startswith("5 of 6 runs to do, 2 at a time; about 1:41:32 by")  # 2 x (3,040 + 6) s
-    assert line.endswith("1 runs have no times there and are not counted")
+    assert line.endswith("not counted: 1 without times in results/")
 
 
 def bar(description, postfix=None):
@@ -191,6 +191,8 @@ def test_a_try_logs_the_run_and_returns_its_last_line(stand_in, monkeypatch):
     assert (out / "log.txt").read_text().splitlines()[1:3] == ["threads 1", "bar 1"]
     assert sweep.attempt([], stand_in("raise SystemExit(0)"), "sign", 0) == ""
     assert "its log" not in sweep.attempt([], stand_in("1 / 0"), "sign", 0)
+    killed = stand_in("import os\nprint('bar 100%', flush=True)\nos.kill(os.getpid(), 9)")
+    assert sweep.attempt([], killed, "sign", 0) == "killed by signal 9"
 
 
 def test_a_try_waits_for_the_lock_of_the_one_before(stand_in):

@@ -192,6 +192,7 @@ def test_taken_port_is_told_in_one_line(finished, capsys):
     assert "cannot serve on 192.0.2.1:8080" in refused(
         capsys, "--view", finished, "--host", "192.0.2.1")
     assert "give --task push" in refused(capsys, "--view", finished, "--task", "ant")
+    assert "is a file" in refused(capsys, "--view", finished, "--out", finished / "policy.pt")
 
 
 # ---------------------------------------------------------------- the page without a browser

@@ -6,9 +6,9 @@
 
 The run's file demonstrations.npz holds labelled states, neither executed actions nor rewards. So
 the experts play their episodes again, from the same random numbers. Their states and labels must
-equal the file's in every digit, or nothing is written. It takes the same machine, --threads and
---device as the run. What the infos hold: tools/minari_io.py. The dataset lies where Minari keeps
-all of its own: in $MINARI_DATASETS_PATH, or else in ~/.minari/datasets.
+equal the file's in every digit, or nothing is written. Another machine, or another number of
+threads, may change the last digit. What the infos hold: tools/minari_io.py. The dataset lies where
+Minari keeps all of its own: in $MINARI_DATASETS_PATH, or else in ~/.minari/datasets.
 """
 import argparse
 import json
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import baselines
+import run as command_line
 import settings as settings_module
 from checkpoints import read_demonstrations
 from envs import make_batch
@@ -44,8 +45,8 @@ def open_finished(run: Path, device: str, threads: int) -> Problem:
         kind = baselines.load(values["method"]).Settings
         settings = settings_module.from_dict(values, kind)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{run} holds no settings.json of a run of this version "
-                        f"({type(error).__name__})") from None
+        raise UserError(f"{run} holds no settings.json of a run of this version: name the "
+                        f"folder of a finished run ({type(error).__name__})") from None
     if settings.experts == "demonstrations":
         raise UserError(f"{run} learned from demonstrations that it was given: export those of the "
                         "run that made them")
@@ -151,8 +152,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="as in the run")
     parser.add_argument("--threads", type=int, default=cpu_count(), help="as in the run")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     try:
+        # run.py's own checks
+        command_line.parse(["--device", options.device, "--threads", str(options.threads)])
+        torch.set_num_threads(options.threads)
         dataset = export(options.run, options.id, options.device, options.threads)
     except (UserError, NoOpenGL) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -35,8 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import run as command_line
+from baselines import METHODS
 from checkpoints import open_run
 from settings import Settings, UserError
+from tasks import TASKS
 from tools.tables import by_seed
 
 TRIES = 5          # of a run whose node dies
@@ -71,7 +73,7 @@ class Run:
 def plan(options) -> list[Run]:
     """The runs that the options name, all of them checked. UserError for what does not fit."""
     runs = []
-    for task in dict.fromkeys(options.tasks):
+    for task in dict.fromkeys(TASKS if "all" in options.tasks else options.tasks):
         for method in dict.fromkeys(options.methods):
             words = ["--task", task, "--method", method, *(f"--set={text}" for text in options.set)]
             for name in HANDED:
@@ -119,12 +121,12 @@ def forecast(runs: list[Run], slots: int) -> str:
         parts.append(f"about {clock(makespan(known, slots))} by the times in results/, where they "
                      "had the usual settings")
     if len(known) < len(todo):
-        parts.append(f"{len(todo) - len(known)} runs have no times there and are not counted")
+        parts.append(f"not counted: {len(todo) - len(known)} without times in results/")
     return "; ".join(parts)
 
 
 def clock(seconds: float) -> str:
-    """ "1:02:03" or "2:03". """
+    """ "1:02:03" (hours, minutes, seconds) or "2:03" (minutes, seconds). """
     minutes, rest = divmod(round(seconds), 60)
     return (f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60
             else f"{minutes}:{rest:02d}")
@@ -148,6 +150,8 @@ def attempt(arguments: list[str], out: Path, sign: str, patience: float) -> str:
             [sys.executable, str(ROOT / "run.py"), *arguments], cwd=ROOT, stdout=log, stderr=log,
             stdin=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
             preexec_fn=end_with_parent)
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}"
     return last_line(out / "log.txt") if done.returncode else ""
 
 
@@ -324,8 +328,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = command_line.Parser(description=__doc__, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--tasks", nargs="+", default=["push"])
-    option("--methods", nargs="+", default=["gmps"])
+    option("--tasks", nargs="+", default=["push"], help=f"{', '.join(TASKS)}, or all")
+    option("--methods", nargs="+", default=["gmps"], help=f"of {', '.join(METHODS)}")
     option("--seeds", type=int, default=1, metavar="N", help="seeds 0 to N - 1 of each (default 1)")
     option("--out", type=Path, default=Path("runs"), help="runs go to OUT/TASK/METHOD/seedSEED "
            "(default runs); give other settings another one")
@@ -336,8 +340,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     option("--jobs", type=int, help="runs at a time on this machine (default: as many as it has "
            "cores for)")
     option("--cores", type=int, default=1, help="cores that a run is counted for (default 1)")
-    option("--gpus", type=float, default=0.0, help="share of a GPU for each run, 0.25 say; it then "
-           "runs with --device cuda (default 0)")
+    option("--gpus", type=float, default=0.0, help="for each run, 0.25 say, with --device cuda")
     option("--address", help="a Ray cluster: HOST:PORT, or auto on one of its nodes")
     option("--print", action="store_true", help="print the commands, one a line, and run nothing; "
            "needs no Ray")

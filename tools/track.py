@@ -22,8 +22,7 @@ HIDDEN = ("phase", "progress")  # a name, and a number that metrics.csv leaves o
 def check_installed(name: str | None) -> None:
     """UserError where the tracker's package is missing. It is not imported yet."""
     if name is not None and importlib.util.find_spec(name) is None:
-        raise UserError(f"--track {name} needs a package more: pip install -r "
-                        "requirements-extra.txt")
+        raise UserError(f"--track {name} needs {name}: pip install -r requirements-extra.txt")
 
 
 @contextlib.contextmanager

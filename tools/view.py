@@ -49,13 +49,14 @@ class Page:
 
     def _controls(self, title: str, episodes: int) -> None:
         gui = self.server.gui
-        gui.add_markdown(f"{title}. The policy does not see the goal. It sees rewards only.")
+        gui.add_markdown(f"{title}. The policy does not see the goal. Only its rewards depend on "
+                         "the goal.")
         self.goal = Goal(self.server, self.session.family, self._goal_moved)
         button = gui.add_button
         random = button("Random goal")
         self.episodes = gui.add_slider("Rollouts per step", 2, max(100, episodes), 1, episodes)
         self.count = gui.add_slider(f"{self.what.capitalize()}s", 1, 10, 1, 3)
-        self.noise = gui.add_checkbox("Exploration noise", True)
+        self.noise = gui.add_checkbox("Exploration noise in rollouts", True)
         self.adapt = button("Adapt", color="green", hint="Start again, and take these steps.")
         self.more = button("One more step")
         reset = button("Reset", hint="Back to the policy before any step.")
@@ -72,8 +73,8 @@ class Page:
     def _curves(self) -> None:
         panel = self.server.gui.add_panel()
         with panel.add_tab("Curves", viser.Icon.CHART_LINE):
-            self.distances = self._plot(self.column, "#1c7ed6")
-            self.returns = self._plot("return per episode", "#e8590c")
+            self.distances = self._plot(f"{self.column}, by {self.what}", "#1c7ed6")
+            self.returns = self._plot(f"return per episode, by {self.what}", "#e8590c")
             self.told = self.server.gui.add_markdown("")
             self.rewards = self._plot("reward of each time step", "#2b8a3e", ROLLOUTS_SHOWN)
         panel.dock_left()
@@ -184,7 +185,7 @@ class Page:
     def _show_rewards(self, number: int, rewards: np.ndarray | None) -> None:
         self.rewards.visible = rewards is not None
         if rewards is None:
-            self.told.content = "So far the policy has seen no reward."
+            self.told.content = "At step 0 the policy has seen no reward."
             return
         alike = np.ptp(rewards, axis=0).max() == 0
         self.told.content = (
@@ -250,7 +251,10 @@ def view(adapter, family, title: str, options, episodes: int) -> None:
     if not isinstance(family, MujocoFamily):
         raise UserError(f"--view shows MuJoCo tasks: {family.name} is none")
     host, port = options.host or "127.0.0.1", 8080 if options.port is None else options.port
-    server, out = open_server(host, port), options.out or Path("runs") / "view" / family.name
+    out = options.out or Path("runs") / "view" / family.name
+    if out.is_file():
+        raise UserError(f"--out {out} is a file: name a folder for the films")
+    server = open_server(host, port)
     session = Session(family, adapter, options.seed, options.threads)
     page = Page(server, session, title, out, episodes, options.threads)
     print(f"http://{host}:{server.get_port()} (Ctrl-C ends)", flush=True)

@@ -111,6 +111,9 @@ class Goal:
                                                      self.factor * self.task)]
         for slider in self.sliders:
             slider.on_update(self._slid)
+        how = "Drag the arrows at the goal, or move the sliders" if self.handle else (
+            "Move the slider")
+        server.gui.add_markdown(f"{how}: the policy then starts again.")
         self.text = server.gui.add_markdown("")
         self.put(self.task)
 
