@@ -89,6 +89,12 @@ def advantages(x: torch.Tensor, reward: torch.Tensor, mask: torch.Tensor,
     return (advantage - mean) * mask * differ
 
 
+def scaled_per_task(advantage: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Advantages (n, K, T), each task's divided by their own root mean square [release]."""
+    own = advantage.square().sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
+    return advantage / own.sqrt().clamp(min=1e-6)
+
+
 @torch.no_grad()
 def policy_gradient_batch(episodes: dict, settings: Settings, scale: float | None = None,
                           device="cpu") -> tuple[dict, float | None]:
@@ -109,8 +115,7 @@ def policy_gradient_batch(episodes: dict, settings: Settings, scale: float | Non
     mask = episodes["mask"]
     advantage = advantages(episodes["features"], episodes["reward"], mask, settings)
     if settings.advantage_scale == "per task":
-        own = advantage.square().sum((1, 2), keepdim=True) / mask.sum((1, 2), keepdim=True)
-        scale, advantage = 1.0, advantage / own.sqrt().clamp(min=1e-6)
+        scale, advantage = 1.0, scaled_per_task(advantage, mask)
     if scale is None:
         size = float((advantage.square().sum() / mask.sum()).sqrt())
         scale = size if size >= 1e-8 else None

@@ -379,13 +379,13 @@ def view_saved(options) -> None:
     view(adapter, family, title, options, settings.test_episodes)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+def main(arguments: list[str] | None = None, evaluating=evaluate_saved) -> int:
+    """The command line; returns the exit code. `evaluating(options)` serves --evaluate."""
     try:
         options = parse(arguments)
         torch.set_num_threads(options.threads)
         commit()  # ask now: files may change during a long run
-        (evaluate_saved if options.evaluate else view_saved if options.view else train)(options)
+        (evaluating if options.evaluate else view_saved if options.view else train)(options)
     except (UserError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

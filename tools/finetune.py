@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import run
-from advantages import advantages
+from advantages import advantages, scaled_per_task
 from baselines import pearl, recurrent
 from baselines.rl2 import log_prob
 from policy import normalised
@@ -142,24 +142,19 @@ class FineTuned:
         seen = normalised(family, episodes["observations"][:, :-1])
         seen, reward, mask = (torch.as_tensor(value, dtype=torch.float32).to(mean).unflatten(
             0, (self.n, -1)) for value in (seen, episodes["rewards"], episodes["mask"]))
-        advantage = advantages(seen, reward, mask, settings)
-        steps = mask.sum((1, 2))
-        size = (advantage.square().sum((1, 2)) / steps).sqrt().clamp(min=1e-6)
-        return -(log_p.view(mask.shape) * advantage * mask).sum((1, 2)) / (steps * size)
+        advantage = scaled_per_task(advantages(seen, reward, mask, settings), mask)
+        return -(log_p.view(mask.shape) * advantage * mask).sum((1, 2)) / mask.sum((1, 2))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, add_help=False,
+    parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=1e-3, help="Adam's (default 1e-3)")
+    parser.add_argument("--evaluate", required=True, metavar="DIR", help="as for run.py")
     options, others = parser.parse_known_args(arguments)
-    try:
-        run.evaluate_saved(run.parse(others), partial(FineTuned, rate=options.rate),
-                           finetune_rate=options.rate)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run.main(["--evaluate", options.evaluate, *others], partial(
+        run.evaluate_saved, wrap=partial(FineTuned, rate=options.rate),
+        finetune_rate=options.rate))
 
 
 if __name__ == "__main__":
