@@ -161,16 +161,18 @@ def curve_points(evaluation: Evaluation, env_steps: int) -> list[dict]:
             for entries in by_round(evaluation.lists["held_out"])]
 
 
-def closing_table(lists: dict, unit: str, title: str = "held-out tasks") -> str:
-    """Aligned text table of means over tasks."""
+def closing_table(lists: dict, family, title: str = "held-out tasks") -> str:
+    """Aligned text table of means over tasks, the distance in the family's unit for tables."""
+    name_of_distance, factor, digits = family.table
+
     def row(label, entries):
         if not entries:
-            return f"{label:<34}{'-':>8}{'-':>14}{'-':>10}"
+            return f"{label:<34}{'-':>8}{'-':>24}{'-':>10}"
         return (f"{label:<34}{mean_of(entries, 'return'):>8.1f}"
-                f"{mean_of(entries, 'final_distance'):>14.4f}"
+                f"{factor * mean_of(entries, 'final_distance'):>24.{digits}f}"
                 f"{100 * mean_of(entries, 'success'):>9.0f}%")
 
-    lines = [f"{title:<34}{'return':>8}{f'distance {unit}':>14}{'success':>10}"]
+    lines = [f"{title:<34}{'return':>8}{name_of_distance:>24}{'success':>10}"]
     for name, label in (("held_out", "mean action"), ("held_out_sampled", "sampled actions")):
         rounds = by_round(lists[name])
         what = update_word(lists).split()[-1]

@@ -45,7 +45,7 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
     experts = problem.train_experts()
     # 2. D*_i: states that pi*_i visits, and its actions there.
     demonstrations = problem.demonstrate(experts)
-    # theta starts from imitation of all experts without adaptation [ours].
+    # theta starts from imitation of the experts without adaptation [ours].
     learner = MetaLearner(problem, demonstrations, settings, state)
     theta, alpha = learner.theta, learner.alpha
     # 3. Repeat, with theta_0 <- theta:
@@ -92,11 +92,10 @@ def collect(learner: "MetaLearner", problem) -> dict:
 
 # ---------------------------------------------------------------- 3b, inner: a policy gradient step
 def init_step_sizes(theta: Params, settings: Settings) -> Params:
-    """alpha: a step size for every element of theta.
+    """alpha: a step size for every element of theta that adapts.
 
-    Convolutions do not adapt [release]. Nor does log-std, with adapt_std "no" [ours]: its step size
-    stays 0, and theta's log-std stays as it began. The outer loss sees mean actions only, so
-    nothing stops either from raising the noise.
+    Convolutions do not [release]. With adapt_std "no" log-std does not either [ours]: the outer
+    loss sees mean actions only, so nothing would stop the noise from growing.
     """
     alpha = {name: torch.full_like(value, settings.init_step_size)
              for name, value in theta.items() if not is_convolution(name)}
@@ -200,7 +199,7 @@ class MetaLearner:
         self.given = demonstrations.actions.shape[1]  # labelled states per task before step 3c
         self.scale, self.collection, self.env_steps = None, 0, 0
         pre_update = min(settings.pre_update_tasks, self.n)
-        self.pre_update_tasks = np.arange(self.n - pre_update, self.n)
+        self.pre_update_indices = np.arange(self.n - pre_update, self.n)
         if state is None:
             self.no_adaptation = imitate(self.family, demonstrations, settings, self.device)
             theta = self.no_adaptation
@@ -261,10 +260,10 @@ class MetaLearner:
             return demonstrations.sample(self.family, self.rng, tasks,
                                          self.settings.imitation_batch, self.device)
         sampled = {"adapted": labels(some)}
-        if len(self.pre_update_tasks):
-            sampled["pre_update"] = labels(self.pre_update_tasks)
-        self.meta_batch = self.batch(collected, some)
-        return self.meta_batch, sampled
+        if len(self.pre_update_indices):
+            sampled["pre_update"] = labels(self.pre_update_indices)
+        self.latest_batch = self.batch(collected, some)
+        return self.latest_batch, sampled
 
     def minimise(self, loss: torch.Tensor, info: dict) -> None:
         """One step of Adam on theta and alpha."""
@@ -297,7 +296,7 @@ class MetaLearner:
 
     def metrics(self) -> dict:
         """A row of metrics.csv: losses of the last meta-step, and w after that step."""
-        batch = self.meta_batch
+        batch = self.latest_batch
         with torch.no_grad():
             log_p = log_prob(per_task(self.theta, len(batch["mask"])), batch["features"],
                              batch["action"])

@@ -1,7 +1,7 @@
 """The phases of a run, its files and how it resumes: experts, demonstrations, training, evaluation.
 
 A method (gmps.py, baselines/) is a generator that knows nothing of files. It gets a `Problem`. Each
-callable of it writes a file. A run that is started again reads that file instead:
+phase writes a file. When the run is started again, it reads that file instead:
 
     experts.pt -> demonstrations.npz -> policy.pt -> learning.png, before_after.gif -> result.json
 
@@ -161,7 +161,7 @@ class Problem:
             lists["experts_training"] = [] if self.experts is None else measure_experts(
                 evaluation, self.environments, self.experts, self.tasks)
         result = result_of(self, evaluation, settings.seed) | {"curve": journal.curve} | lists
-        print(closing_table(lists, self.family.task_unit))
+        print(closing_table(lists, self.family))
         print(closing_counts(result))
         # A fault in a picture, of a new task's camera say, must not cost the numbers.
         try:

@@ -346,7 +346,7 @@ def evaluate_saved(options, wrap=lambda adapter, K: adapter, **noted) -> None:
             draw_extrapolation(out, family, lists)
         else:
             title = "your goals" if options.goals else "held-out tasks"
-            print(closing_table(lists, family.task_unit, title))
+            print(closing_table(lists, family, title))
     print(f"results in {out}")
 
 

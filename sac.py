@@ -37,7 +37,7 @@ def mlp(params: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 
     The normalisation (Ba et al. 2016) is [ours]. It bounds what critics say of actions never tried
     (Ball et al. 2023, arXiv 2302.02948). The policy has it as well. Experts need fewer steps with
-    it (docs/deviations.md).
+    it (docs/lab_notes.md).
     """
     for layer in range(0, len(params), 2):
         x = torch.baddbmm(params[layer + 1], x, params[layer])
@@ -154,8 +154,9 @@ class SoftActorCritic:
         shape = (2, *batch["action"].shape)
         next_noise, noise = torch.randn(shape, generator=generator).to(self.device)
         temperature = self.log_temperature.detach().exp()
-        frozen = [p.detach() for p in self.critic]  # the policy's loss asks no critic gradients,
-        seen = batch | {"observation": batch["observation"].detach()}  # and none of an encoder
+        # The policy's loss must give no gradient to the critics, nor to an encoder.
+        frozen = [p.detach() for p in self.critic]
+        seen = batch | {"observation": batch["observation"].detach()}
 
         loss, info = critic_loss(self.critic, self.target_critic, self.policy, temperature, batch,
                                  next_noise)
@@ -167,6 +168,7 @@ class SoftActorCritic:
         for parameter, gradient in zip(self.trained, gradients):
             parameter.grad = gradient
         self.optimiser.step()
+        # `frozen` shares memory with the critics: these are their new weights.
         torch._foreach_lerp_(self.target_critic, frozen, self.settings.expert_target_rate)
         return {"critic_loss": loss.detach() / (2 * self.learners),
                 "policy_loss": actor_loss.detach() / self.learners,

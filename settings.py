@@ -51,7 +51,7 @@ class Settings:
     curve: int = within(20, 0, 1000,
                         "maximum number of points of the validation curve; 0: no curve [ours]")
 
-    # ---- Local experts: soft actor-critic (local_policies.py, sac.py)
+    # ---- Experts: soft actor-critic (local_policies.py, sac.py)
     expert_iterations: int = within(
         200, 1, 100_000, "*iterations: in each, an episode in every environment, then updates")
     expert_episodes: int = within(10, 1, 10_000, "episodes per iteration; tasks take turns")
@@ -123,7 +123,7 @@ class Settings:
     pre_update_imitation: float = within(
         0.3, 0.0, 100.0, "weight of the pre-update policy's own imitation loss [ours]")
     pre_update_tasks: int = within(
-        0, 0, 1000, "number of tasks, the last ones, that phi_0 imitates; 0: all [ours]")
+        0, 0, 1000, "the pre-update policy imitates this many tasks, the last ones; 0: all [ours]")
 
     quick = {}  # not a setting: what --quick changes beside QUICK; a method's own class may
 
@@ -159,7 +159,7 @@ PAPER = dict(
 QUICK = dict(training_tasks=4, held_out_tasks=3, expert_iterations=3, expert_updates=40,
              collections=2, meta_steps=3, imitation_steps=50, episodes=4, test_episodes=4, curve=1)
 
-GROUPS = {"preset": "Run", "expert_iterations": "Local experts: soft actor-critic",
+GROUPS = {"preset": "Run", "expert_iterations": "Experts: soft actor-critic",
           "demonstration_episodes": "Demonstrations", "hidden": "Policy and rollouts",
           "init_step_size": "Inner step", "imitation_steps": "Meta-training"}  # by first setting
 
@@ -175,7 +175,9 @@ def help_text(kind: type = Settings) -> str:
             lines.append("\n  The method's own")
         text = spec.metadata["help"]
         star = "*" if text.startswith("*") else " "
-        lines.append(f"  {star} {spec.name + '=' + str(spec.default):<32} {text.lstrip('*')}")
+        words = " | ".join(spec.metadata.get("choices", ()))
+        lines.append(f"  {star} {spec.name + '=' + str(spec.default):<32} {text.lstrip('*')}"
+                     + (f" ({words})" if words else ""))
     return "\n".join(lines)
 
 

@@ -7,9 +7,10 @@ rewards of that task's own episodes best,
 
     g = argmin over g of the mean over steps of ( r - r(outcome, action; g) )^2,         (1)
 
-the maximum of the likelihood under normal noise. Then the contextual expert is told g. It explores
-as the expert told a training goal that explains all rewards so far, a random one in every episode:
-at first any, with dense rewards soon none. Then it is told g here, too.
+the maximum of the likelihood under normal noise. Then the contextual expert is told g.
+
+In every exploring episode the expert is told a random goal among those that explain all rewards so
+far. At first all training goals do. With dense rewards soon none does; then it is told g.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -117,7 +117,7 @@ class AntGoal(MujocoFamily):
     paper_settings = dict(training_tasks=40, episodes=50, test_episodes=50)
     table = ("final distance (m)", 1.0, 3)
     published = {"experts_training": "539, 0.31 m (10 goals, authors' simulator)",
-                 "meta_training": "about 2,000,000 in the released settings: *does not match*"}
+                 "meta_training": "about 2,000,000 in the released settings"}
     goal_size, frames_every = (0.12, 0.12, 0.01), 4
 
     # ---- model and observation
@@ -197,8 +197,7 @@ class AntGoal(MujocoFamily):
         return self.goals_at(np.linspace(*self.arc, count))
 
     def bands(self):
-        """Six goals on the arc; and 15, 30 and 45 degrees beyond either of its ends, three times.
-        """
+        """Six goals on the arc. Outside it: 15, 30 and 45 degrees beyond both ends, thrice each."""
         on_the_arc = self.goals_at(np.radians([7.5, 22.5, 37.5, 52.5, 67.5, 82.5]))
         outside = [(f"{beyond} degrees outside",
                     np.tile(self.goals_at(np.radians([-beyond, 90 + beyond])), (3, 1)))

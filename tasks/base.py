@@ -95,8 +95,8 @@ class MujocoFamily(TaskFamily, abc.ABC):
     """A MuJoCo model whose environments `envs.BatchEnv` steps together.
 
     B environments. A state is (1 + nq + nv + na,): time, positions, velocities, activations. Sensor
-    readings are in the order of <sensor>, those of that state. The model
-    needs a camera "video" for the film. outcome_size and reward_terms are required here.
+    readings belong to that state, in the order of <sensor>. The model needs a camera "video" for
+    the film. outcome_size and reward_terms are required here.
     """
     frame_skip: int             # physics steps per environment step
     control_spec: int           # what an action sets: int(mujoco.mjtState.mjSTATE_CTRL) for motors,

@@ -125,7 +125,7 @@ class SawyerDoor(SawyerFamily):
     def training_tasks(self, count):
         """(count, 1) angles over the whole range, denser at small ones.
 
-        Small angles give little reward, and adapting to them is the hardest to learn.
+        Small angles give little reward. Evenly spread, they were the hardest to learn.
         """
         share = np.linspace(0.0, 1.0, count)[:, None] ** 1.5
         return self.task_low + (self.task_high - self.task_low) * share

@@ -17,7 +17,7 @@ from evaluate import (
 )
 from local_policies import Demonstrations
 from policy import imitate, per_task
-from tasks import task_set
+from tasks import load, task_set
 from tasks.base import GymnasiumFamily
 from tests.conftest import PUSH, make_problem, with_policy_gradient
 
@@ -233,9 +233,9 @@ def test_curve_points_are_means_of_each_round():
 
 def test_closing_table():
     """Rounds 0, 1, 2, 3, 5 and the last; then the levels to compare with."""
-    lines = closing_table(hand_made(7), "m", "goals").splitlines()
+    lines = closing_table(hand_made(7), load("push"), "goals").splitlines()
     assert [line.split() for line in lines] == [
-        ["goals", "return", "distance", "m", "success"],
+        ["goals", "return", "final", "distance", "(m)", "success"],
         *(["adapted,", str(k), "step," if k == 1 else "steps,", "mean", "action", f"{10 + k}.0",
            f"{1 + k / 10:.4f}", "33%"] for k in (0, 1, 2, 3, 5, 7)),
         ["adapted,", "0", "steps,", "sampled", "actions", "0.0", "0.0000", "100%"],

@@ -8,7 +8,7 @@ Every run is `run.py` on one thread with one setting changed. A run that does no
 uses those of the recipe's run with the same seed; their steps are counted all the same. Each policy
 then adapts to 40 validation goals, never to the held-out ones (but for --preset paper, which is
 read from results/). Kept: results/ablations/TASK/NAME/seedS.json. A command that was stopped goes
-on where it was. The picture is results/ablations/effects.png.
+on where it was. The picture is results/figures/ablations.png.
 """
 import argparse
 import json
@@ -85,12 +85,17 @@ def work_folder(task: str) -> Path:
     return ROOT / "runs" / "ablations" / task
 
 
+def folder_name(name: str) -> str:
+    """Without what a file system may not like."""
+    return name.replace(":", "").replace(" ", "_")
+
+
 def place(task: str, name: str, seed: int) -> Path:
-    return work_folder(task) / name.replace(" ", "_") / f"seed{seed}"
+    return work_folder(task) / folder_name(name) / f"seed{seed}"
 
 
 def kept(task: str, name: str, seed: int) -> Path:
-    return ROOT / "results" / "ablations" / task / name.replace(" ", "_") / f"seed{seed}.json"
+    return ROOT / "results" / "ablations" / task / folder_name(name) / f"seed{seed}.json"
 
 
 def command(task: str, seed: int, changes: dict, out: Path) -> list[str]:
@@ -242,7 +247,7 @@ def main() -> None:
     for task in tasks:
         print(f"{task}\n{show(task)}\n")
     if tasks:
-        picture(tasks, ROOT / "results" / "ablations" / "effects.png")
+        picture(tasks, ROOT / "results" / "figures" / "ablations.png")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,10 @@ class PearlActors:
         x = torch.cat([seen, z], dim=-1)
         parts = gaussian(self.parameters, x.view(len(self.parameters[0]), -1, x.shape[-1]))
         mean, log_std = (part.view(actions.shape) for part in parts)
-        return mean, log_std.detach(), actions.to(mean).clamp(-1 + 1e-6, 1 - 1e-6).atanh()
+        # Beyond 1 - 1e-6 tanh's rounding hides what was sampled: such an action has no gradient.
+        actions = actions.to(mean)
+        known = actions.abs() < 1 - 1e-6
+        return mean, log_std.detach(), torch.where(known, actions.atanh(), mean.detach())
 
 
 class RecurrentPolicies:

@@ -123,7 +123,7 @@ def summary(folder: Path, rivals: bool = False) -> str:
 
 def closing(result: dict) -> str:
     """The last lines of one run, indented."""
-    lines = closing_table(result, load(result["task"]).task_unit).splitlines()
+    lines = closing_table(result, load(result["task"])).splitlines()
     return "\n" + "\n".join("    " + line for line in [*lines, closing_counts(result)]) + "\n"
 
 
