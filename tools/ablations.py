@@ -74,6 +74,7 @@ ABLATIONS = {
     "door": {
         "recipe": {},
         "no detours": {"demonstration_detours": 0},
+        "less noise in demonstrations": {"demonstration_noise": 0.3},
         "pre-update policy: all angles": {"pre_update_tasks": 0},
         "noise of one step": {"noise_hold": 1},
         "one advantage scale": {"advantage_scale": "common"},
