@@ -94,8 +94,8 @@ def collect(learner: "MetaLearner", problem) -> dict:
 def init_step_sizes(theta: Params, settings: Settings) -> Params:
     """alpha: a step size for every element of theta that adapts.
 
-    Convolutions do not [release]. With adapt_std "no" log-std does not either [ours]: the outer
-    loss sees mean actions only, so nothing would stop the noise from growing.
+    Convolutions do not [release]. With adapt_std "no" log-std does not either [ours], and its
+    step size is 0: the outer loss sees mean actions only, so nothing would stop the noise's growth.
     """
     alpha = {name: torch.full_like(value, settings.init_step_size)
              for name, value in theta.items() if not is_convolution(name)}

@@ -77,6 +77,20 @@ def test_what_is_differentiated_is_what_acted(kind):
     assert torch.allclose((action - mean) / log_std.exp(), noise, atol=2e-3)
 
 
+def test_an_action_at_the_limit_of_tanh_has_no_gradient():
+    """PEARL's action 1 hides what was sampled: it counts as the mean itself, other steps as before.
+    """
+    adapter, episodes = begun("pearl")
+    limit = copy.deepcopy(episodes)
+    limit["actions"][:, 4] = [1.0, -1.0]
+    (_, _, before), (mean, _, after) = (adapter.own.gaussians(part) for part in (episodes, limit))
+    assert torch.equal(after[:, 4], mean[:, 4]) and not after.requires_grad
+    others = torch.arange(10) != 4
+    assert torch.equal(after[:, others], before[:, others])
+    gradients = torch.autograd.grad(adapter.loss(limit).sum(), adapter.own.parameters)
+    assert all(torch.isfinite(g).all() for g in gradients)
+
+
 @KINDS
 def test_loss_and_step_by_hand(kind):
     """With torch.distributions, and noise of one step. Adam's first step has the size of its rate.

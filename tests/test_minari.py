@@ -174,7 +174,8 @@ def test_demonstrations_in_a_plain_gymnasium_environment_go_out_and_in(tmp_path,
     ("{finished} --id own/push-v0", "first `minari delete own/push-v0`"),
     ("nowhere", "no settings.json"), ("{other}", "do not play its demonstrations again"),
     ("{without}", "experts.pt: name the folder"), ("{given}", "that it was given"),
-    ("{finished} --threads 0", "--threads must be"), ("{finished} --device x", "no device")])
+    ("{finished} --threads 0", "--threads must be between"),
+    ("{finished} --device x", "no device")])
 def test_export_refuses_in_one_line_and_writes_nothing(finished, tmp_path, capsys, arguments, word):
     """`other` has changed labels, `without` no experts, `given` learned from a user's file."""
     write([episode(GOALS[0])], "own/push-v0")

@@ -201,6 +201,11 @@ def show(task: str) -> str:
     return "\n".join(lines)
 
 
+def measured() -> list[str]:
+    """Tasks of which at least one effect is kept."""
+    return [task for task in ABLATIONS if effects(task, "return", 1)]
+
+
 def picture(tasks: list[str], path: Path) -> None:
     """All effects on the return after one and three steps: a bar is the mean, a dot a seed."""
     shown = {task: [effects(task, "return", k) for k in (1, 3)] for task in tasks}
@@ -244,7 +249,7 @@ def main() -> None:
             for part in (["recipe"], names):
                 list(pool.map(lambda job: one(task, *job),
                               [(name, seed) for seed in range(options.seeds) for name in part]))
-    tasks = [task for task in ABLATIONS if effects(task, "return", 1)]
+    tasks = measured()
     for task in tasks:
         print(f"{task}\n{show(task)}\n")
     if tasks:

@@ -346,8 +346,7 @@ def main(results: Path = ROOT / "results") -> None:
                 continue
             out.mkdir(parents=True, exist_ok=True)
             save_figure(figure, out / f"{name}.png")
-    undone = [task for task in ablations.ABLATIONS if ablations.effects(task, "return", 1)]
-    if undone:
+    if undone := ablations.measured():
         out.mkdir(parents=True, exist_ok=True)
         ablations.picture(undone, out / "ablations.png")
     else:
