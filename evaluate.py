@@ -79,28 +79,30 @@ def evaluate(environments: Environments, adapter, tasks: np.ndarray, rounds: int
     out = Evaluation({"held_out": [], "held_out_sampled": [], "experts_held_out": [],
                       "no_adaptation": []})
     chunks = np.array_split(tasks, -(-len(tasks) // CHUNK))
-    with tqdm(total=len(tasks), desc=f"{'evaluation':<22}", disable=not progress) as bar:
+    with tqdm(total=len(chunks) * (rounds + 1), desc=f"{'evaluation':<22}", unit="round",
+              disable=not progress) as bar:
         for number, chunk in enumerate(chunks):
             generator = random_streams(seed, purpose, stream + number)[1]
             adapt_and_measure(out, environments, adapter, chunk, rounds, episodes, generator,
-                              explore_last)
+                              explore_last, bar)
             for name, reference in getattr(adapter, "references", {}).items():
                 reference.begin(len(chunk), generator)
                 out.lists.setdefault(name, []).extend(measure(out, environments, reference, chunk))
             if experts is not None and getattr(experts, "contextual", True):
                 out.lists["experts_held_out"] += measure_experts(out, environments, experts, chunk)
-            bar.update(len(chunk))
     return out
 
 
 def adapt_and_measure(out: Evaluation, environments: Environments, adapter, tasks: np.ndarray,
-                      rounds: int, episodes: int, generator, explore_last: bool) -> None:
-    """The rounds of one chunk of tasks."""
+                      rounds: int, episodes: int, generator, explore_last: bool,
+                      bar: tqdm) -> None:
+    """The rounds of one chunk of tasks; `bar` counts them."""
     n, updates = len(tasks), 0
     adapter.begin(n, generator)
     for k in range(rounds + 1):
         counts = {"gradient_steps": updates, "adaptation_episodes": k * episodes}
         out.lists["held_out"] += measure(out, environments, adapter, tasks, **counts)
+        bar.update()
         if k in FILM_ROUNDS and k not in out.stages:
             out.stages[k], out.stage_tasks = copy.deepcopy(adapter), tasks
         if k == rounds and not explore_last:

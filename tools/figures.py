@@ -279,16 +279,17 @@ def scratch(task: str, results: Path):
     if not runs:
         return None
     figure, axes, factors = panels(task)
-    adapted = {"gmps": seeds_of(results, task, "gmps", "few") or seeds_of(results, task, "gmps")}
+    adapted = [("gmps", seeds_of(results, task, "gmps", part), more) for part, more in (
+        ("", {"label": "GMPS (adapts)"}),
+        ("few", {"label": "GMPS, 5 episodes a round", "linestyle": "-."}))]
     for axis, key, factor in zip(axes[0], MEASURES, factors):
         first = []
-        for method, seeds in {**runs, **adapted}.items():
+        for method, seeds, more in [*((name, seeds, {}) for name, seeds in runs.items()), *adapted]:
             if seeds:
                 x, values = against_episodes(seeds, key)
                 first.append(x[1] * load(task).horizon)
-                look = style(method) | {"markersize": 5, "markevery": max(1, len(x) // 20)}
-                look["label"] += " (adapts)" if method == "gmps" else ""
-                draw(axis, x * load(task).horizon, factor * values, **look)
+                look = {"markersize": 5, "markevery": max(1, len(x) // 20)}
+                draw(axis, x * load(task).horizon, factor * values, **style(method) | look | more)
         axis.set_xscale("symlog", linthresh=min(first), linscale=0.4)
         axis.set(xlabel="environment steps of the one new task", xlim=(0, None))
     axes[0, 1].set_ylim(bottom=0)
