@@ -104,16 +104,19 @@ def init_step_sizes(theta: Params, settings: Settings) -> Params:
     return alpha
 
 
-def step_sizes(alpha: Params, k: int, settings: Settings) -> Params:
-    """alpha of gradient step k = 0, 1, ... Meta-training takes one; those after it are [ours].
+def step_sizes(alpha: Params, k: int, episodes: int, settings: Settings) -> Params:
+    """alpha of gradient step k = 0, 1, ... that rests on so many `episodes` of each task.
 
-    Full steps overshoot there, so alpha is multiplied by `later_steps`. Its negative entries are
-    set to 0: they go against the reward's gradient, which can help in the first step only. With
-    `later_steps` 1 alpha stays as it is [release].
+    Meta-training takes one step; those after it are [ours]. Full steps overshoot there, so alpha is
+    multiplied by `later_steps`. Fewer than `test_episodes` give a noisier gradient, and steps that
+    are shorter in proportion. Negative entries of alpha are set to 0: they go against the reward's
+    gradient, which can help in the first step only. With `later_steps` 1 alpha stays as it is
+    [release].
     """
     if k == 0 or settings.later_steps == 1:
         return alpha
-    return {name: (settings.later_steps * value).clamp(min=0) for name, value in alpha.items()}
+    factor = settings.later_steps * min(1.0, episodes / settings.test_episodes)
+    return {name: (factor * value).clamp(min=0) for name, value in alpha.items()}
 
 
 def importance_weights(log_p: torch.Tensor, batch: dict, settings: Settings) -> torch.Tensor:
@@ -322,9 +325,9 @@ class Adapter:
         self.references = {} if start is None else {"no_adaptation": Adapter(
             policy | {"theta": start, "no_adaptation": None}, family, settings, device)}
 
-    def step_size(self, k: int) -> Params:
-        """alpha of gradient step k."""
-        return step_sizes(self.alpha, k, self.settings)
+    def step_size(self, k: int, episodes: int) -> Params:
+        """alpha of gradient step k on so many episodes of each task."""
+        return step_sizes(self.alpha, k, episodes, self.settings)
 
     def begin(self, count: int, generator: torch.Generator) -> None:
         """Start again from theta, on `count` new tasks."""
@@ -337,9 +340,9 @@ class Adapter:
 
     def update(self, episodes: dict) -> None:
         """One inner step on the episodes that `act` explored."""
-        phi = self.actor.phi
-        batch, _ = policy_gradient_batch(self.actor.explored(episodes), self.settings, self.scale,
-                                         phi["z"].device)
-        new = inner_step(phi, self.step_size(self.steps), batch, self.settings, first_order=True)
+        phi, explored = self.actor.phi, self.actor.explored(episodes)
+        batch, _ = policy_gradient_batch(explored, self.settings, self.scale, phi["z"].device)
+        alpha = self.step_size(self.steps, explored["mask"].shape[1])
+        new = inner_step(phi, alpha, batch, self.settings, first_order=True)
         self.steps += 1
         self.actor = Actor(detached(new), self.family, self.settings, self.generator)

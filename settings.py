@@ -97,7 +97,8 @@ class Settings:
     init_step_size: float = within(0.03, 0.0, 10.0, "*alpha at the start [release: 0.5]")
     later_steps: float = within(
         0.3, 0.0, 1.0,
-        "at meta-test, factor on alpha's positive part after the first step; 1: alpha [release]")
+        "at meta-test, factor on alpha's positive part after the first step, for test_episodes or "
+        "more; less for fewer [ours]; 1: alpha [release]")
     adapt_std: str = one_of("no", ("no", "yes"), "yes: log-std is learned, and adapts in the inner "
                                                  "step [release]; no [ours]")
     discount: float = within(0.9, 0.0, 1.0, "*of advantages [ours; release: 0.99]")

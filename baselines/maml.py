@@ -290,6 +290,6 @@ class MetaLearner(gmps.MetaLearner):
 class Adapter(gmps.Adapter):
     """GMPS's own. Alpha counts in full in as many steps as meta-training took."""
 
-    def step_size(self, k: int) -> Params:
-        return gmps.step_sizes(self.alpha, max(0, k + 1 - self.settings.inner_steps),
+    def step_size(self, k: int, episodes: int) -> Params:
+        return gmps.step_sizes(self.alpha, max(0, k + 1 - self.settings.inner_steps), episodes,
                                self.settings)

@@ -42,5 +42,5 @@ class Adapter(gmps.Adapter):
         super().__init__({"theta": policy["theta"], "alpha": alpha, "scale": None}, family,
                          settings, device)
 
-    def step_size(self, k: int):
+    def step_size(self, k: int, episodes: int):
         return self.alpha

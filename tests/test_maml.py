@@ -181,7 +181,7 @@ def test_meta_test_takes_the_steps_of_meta_training_first():
                                settings)
         assert adapter.references == {}
         for k in range(4):
-            sizes = adapter.step_size(k)
+            sizes = adapter.step_size(k, STEPS.test_episodes)
             trained = k < inner_steps
             assert sizes["b3"].unique().item() == (pytest.approx(-0.2) if trained else 0)
             assert sizes["w1"].unique().item() == pytest.approx(0.1 if trained else 0.05)

@@ -26,7 +26,7 @@ from tests.conftest import (
 
 
 def test_step_sizes_of_every_gradient_step():
-    """alpha, then 0.4 of what is positive in it, or alpha again."""
+    """alpha, then 0.4 of what is positive in it, or alpha again; less on fewer episodes than 3."""
     theta = policy.init_policy(PUSH, TINY, torch.Generator().manual_seed(0))
     start = gmps.init_step_sizes(theta | {"conv1_w": torch.zeros(2, 3, 5, 5)}, TINY)
     assert start.keys() == theta.keys() and not start["log_std"].any()
@@ -34,10 +34,11 @@ def test_step_sizes_of_every_gradient_step():
         assert value.shape == theta[name].shape
         assert name == "log_std" or (value == np.float32(0.1)).all()
     alpha = {"b3": torch.tensor([[0.8, -0.4]])}
-    for choice, later in ((0.4, [0.32, 0.0]), (1.0, [0.8, -0.4])):
-        settings = dataclasses.replace(TINY, later_steps=choice)
+    for choice, episodes, later in ((0.4, 3, [0.32, 0.0]), (0.4, 1, [0.32 / 3, 0.0]),
+                                    (0.4, 6, [0.32, 0.0]), (1.0, 1, [0.8, -0.4])):
+        settings = dataclasses.replace(TINY, later_steps=choice, test_episodes=3)
         for k, expected in enumerate([[0.8, -0.4], later, later]):
-            size = gmps.step_sizes(alpha, k, settings)["b3"]
+            size = gmps.step_sizes(alpha, k, episodes, settings)["b3"]
             assert size.shape == (1, 2) and size[0].tolist() == pytest.approx(expected)
 
 
