@@ -34,6 +34,7 @@ STYLES = {
     "scratch-pg": ("policy gradient from scratch", "#56B4E9", "P")}
 VARIANTS = {"demos": ", demonstrations", "fixed": ", fixed step size", "relabelled": ", relabelled",
             "finetuned": " + gradient"}  # dashed, in their method's colour
+VARIANT_MARKERS = {"local": "<", "paper": ">", "paper-no-aggregation": "p"}  # others: the method's
 NEAR = {"push": (0.03, 0.02), "ant": (0.5,)}  # final distances that `verdicts` asks about
 REWARD_ALONE = ("maml", "rl2", "pearl")  # their training ends where it is flat, or by its budget
 ENDED = " (ended by its budget)"
@@ -108,6 +109,7 @@ def style(method: str) -> dict:
     name, variant = (method, "") if method in STYLES else method.partition("-")[::2]
     label, color, marker = STYLES.get(name, (name, "#999999", "."))
     label += VARIANTS.get(variant, f", {variant}" if variant else "")
+    marker = VARIANT_MARKERS.get(variant, marker)
     return {"label": label, "color": color, "marker": marker, "linestyle": "--" if variant else "-"}
 
 

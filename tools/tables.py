@@ -52,8 +52,8 @@ def seed_means(results: list[dict], name: str, key: str, number: int | None = No
 
 def markdown(rows: list[list[str]]) -> str:
     """A table; the first row is its head."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def training_steps(results: list[dict]) -> float:
