@@ -25,7 +25,9 @@ SEEDS = [made_up([0.3, 0.2, 0.15, 0.1, 0.1, 0.05], True, 10, 90.0),
 
 
 def rows_of(text):
-    return dict(line.strip("| ").split(" | ", 1) for line in text.splitlines())
+    lines = text.splitlines()
+    assert set(lines[1]) == {"|", "-"}
+    return dict(line.strip("| ").split(" | ", 1) for line in [lines[0], *lines[2:]])
 
 
 def test_table_of_results_made_by_hand():
