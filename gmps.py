@@ -108,14 +108,14 @@ def step_sizes(alpha: Params, k: int, episodes: int, settings: Settings) -> Para
     """alpha of gradient step k = 0, 1, ... that rests on so many `episodes` of each task.
 
     Meta-training takes one step; those after it are [ours]. Full steps overshoot there, so alpha is
-    multiplied by `later_steps`. Fewer than `test_episodes` give a noisier gradient, and steps that
-    are shorter in proportion. Negative entries of alpha are set to 0: they go against the reward's
-    gradient, which can help in the first step only. With `later_steps` 1 alpha stays as it is
-    [release].
+    multiplied by `later_steps`. With fewer than `test_episodes` the gradient is noisier, by the
+    root of their share, and steps are shorter by as much. Negative entries of alpha are set to 0:
+    they go against the reward's gradient, which can help in the first step only. With `later_steps`
+    1 alpha stays as it is [release].
     """
     if k == 0 or settings.later_steps == 1:
         return alpha
-    factor = settings.later_steps * min(1.0, episodes / settings.test_episodes)
+    factor = settings.later_steps * min(1.0, episodes / settings.test_episodes) ** 0.5
     return {name: (factor * value).clamp(min=0) for name, value in alpha.items()}
 
 

@@ -34,7 +34,7 @@ def test_step_sizes_of_every_gradient_step():
         assert value.shape == theta[name].shape
         assert name == "log_std" or (value == np.float32(0.1)).all()
     alpha = {"b3": torch.tensor([[0.8, -0.4]])}
-    for choice, episodes, later in ((0.4, 3, [0.32, 0.0]), (0.4, 1, [0.32 / 3, 0.0]),
+    for choice, episodes, later in ((0.4, 3, [0.32, 0.0]), (0.4, 1, [0.32 / 3 ** 0.5, 0.0]),
                                     (0.4, 6, [0.32, 0.0]), (1.0, 1, [0.8, -0.4])):
         settings = dataclasses.replace(TINY, later_steps=choice, test_episodes=3)
         for k, expected in enumerate([[0.8, -0.4], later, later]):
