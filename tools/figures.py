@@ -113,6 +113,11 @@ def style(method: str) -> dict:
     return {"label": label, "color": color, "marker": marker, "linestyle": "--" if variant else "-"}
 
 
+def in_few_rounds(look: dict) -> dict:
+    """How few/ looks beside the same policies in whole rounds."""
+    return look | {"label": look["label"] + ", 5 episodes a round", "linestyle": "-."}
+
+
 def draw(axis, x, values: np.ndarray, **look) -> None:
     """Mean over seeds (seeds, P); a 95% interval over whole seeds, or each seed if they are few."""
     if len(values) >= FEW:
@@ -182,15 +187,14 @@ def draw_steps(axes, factors, runs: dict) -> None:
 def draw_episodes(axes, factors, runs: dict, few: dict, last: int = 100) -> None:
     """Held-out tasks against test episodes: in rounds of 5 where measured, GMPS in both."""
     for method, seeds in {**runs, **few}.items():
-        parts = [(few[method], "") if method in few else (seeds, "")]
+        look = style(method)
+        parts = [(few.get(method, seeds), look)]
         if method in few and method in runs and base(method) == "gmps":
-            parts = [(runs[method], ""), (few[method], ", 5 episodes a round")]
-        for part, label in parts:
+            parts = [(runs[method], look), (few[method], in_few_rounds(look) | {"markersize": 4})]
+        for part, look in parts:
             for axis, key, factor in zip(axes, MEASURES, factors):
                 x, values = against_episodes(part, key)
-                look, shown = style(method), x <= max(last, x[1])
-                if label:
-                    look |= {"label": look["label"] + label, "linestyle": "-.", "markersize": 4}
+                shown = x <= max(last, x[1])
                 draw(axis, x[shown], factor * values[:, shown], **look)
     for axis in axes:
         axis.set_xlabel("episodes of the new task")
@@ -281,17 +285,18 @@ def scratch(task: str, results: Path):
     if not runs:
         return None
     figure, axes, factors = panels(task)
-    adapted = [("gmps", seeds_of(results, task, "gmps", part), more) for part, more in (
-        ("", {"label": "GMPS (adapts)"}),
-        ("few", {"label": "GMPS, 5 episodes a round", "linestyle": "-."}))]
+    gmps = style("gmps")
+    lines = [*((seeds, style(name)) for name, seeds in runs.items()),
+             (seeds_of(results, task, "gmps"), gmps | {"label": "GMPS (adapts)"}),
+             (seeds_of(results, task, "gmps", "few"), in_few_rounds(gmps))]
     for axis, key, factor in zip(axes[0], MEASURES, factors):
         first = []
-        for method, seeds, more in [*((name, seeds, {}) for name, seeds in runs.items()), *adapted]:
+        for seeds, look in lines:
             if seeds:
                 x, values = against_episodes(seeds, key)
                 first.append(x[1] * load(task).horizon)
-                look = {"markersize": 5, "markevery": max(1, len(x) // 20)}
-                draw(axis, x * load(task).horizon, factor * values, **style(method) | look | more)
+                marks = {"markersize": 5, "markevery": max(1, len(x) // 20)}
+                draw(axis, x * load(task).horizon, factor * values, **look | marks)
         axis.set_xscale("symlog", linthresh=min(first), linscale=0.4)
         axis.set(xlabel="environment steps of the one new task", xlim=(0, None))
     axes[0, 1].set_ylim(bottom=0)
