@@ -72,8 +72,8 @@ def evaluate(environments: Environments, adapter, tasks: np.ndarray, rounds: int
     `seed`, `purpose` and `stream` choose the random stream of exploration. The lists, one entry per
     task and round k = 0 (before any update), 1, ..., `rounds`:
     "held_out": one episode with mean actions, after k rounds;
-    "held_out_sampled": mean of the episodes explored after k rounds. `explore_last`: also after the
-    last round, where nothing is learned from them;
+    "held_out_sampled": mean of the episodes explored after k rounds; success is that of the mean
+    distance. `explore_last`: also after the last round, by a copy of the adapter;
     "experts_held_out", and one list for each of the adapter's `references`: one entry per task.
     """
     out = Evaluation({"held_out": [], "held_out_sampled": [], "experts_held_out": [],
@@ -108,13 +108,14 @@ def adapt_and_measure(out: Evaluation, environments: Environments, adapter, task
         if k == rounds and not explore_last:
             break
         parts, together = parts_of_round(adapter, episodes)
-        sampled = []
-        for _ in range(parts):
-            explored = out.count(environments.rollout(adapter.act, tasks, together))
+        sampled, last = [], k == rounds
+        explorer = copy.deepcopy(adapter) if last else adapter
+        for part in range(parts):
+            explored = out.count(environments.rollout(explorer.act, tasks, together))
             sampled.append(returns_and_distances(explored, n))
-            if k < rounds:
-                adapter.update(explored)
-                updates += 1
+            if not last or part < parts - 1:  # nobody asks for what the very last part teaches
+                explorer.update(explored)
+        updates += 0 if last else parts
         returns, distances = np.mean(sampled, axis=0)
         out.lists["held_out_sampled"] += records(environments.family, tasks, returns, distances,
                                                  **counts)

@@ -108,10 +108,10 @@ def step_sizes(alpha: Params, k: int, episodes: int, settings: Settings) -> Para
     """alpha of gradient step k = 0, 1, ... that rests on so many `episodes` of each task.
 
     Meta-training takes one step; those after it are [ours]. Full steps overshoot there, so alpha is
-    multiplied by `later_steps`. With fewer than `test_episodes` the gradient is noisier, by the
-    root of their share, and steps are shorter by as much. Negative entries of alpha are set to 0:
-    they go against the reward's gradient, which can help in the first step only. With `later_steps`
-    1 alpha stays as it is [release].
+    multiplied by `later_steps`. With fewer episodes than `test_episodes` the gradient is noisier,
+    so alpha is also multiplied by sqrt(episodes / test_episodes). Negative entries of alpha are set
+    to 0: they go against the reward's gradient, which can help in the first step only. With
+    `later_steps` 1 alpha stays as it is [release].
     """
     if k == 0 or settings.later_steps == 1:
         return alpha

@@ -97,8 +97,8 @@ class Settings:
     init_step_size: float = within(0.03, 0.0, 10.0, "*alpha at the start [release: 0.5]")
     later_steps: float = within(
         0.3, 0.0, 1.0,
-        "at meta-test, factor on alpha's positive part after the first step, for test_episodes or "
-        "more; less for fewer [ours]; 1: alpha [release]")
+        "at meta-test, factor on alpha's positive part after the first step; with fewer than "
+        "test_episodes smaller still [ours]; 1: alpha [release]")
     adapt_std: str = one_of("no", ("no", "yes"), "yes: log-std is learned, and adapts in the inner "
                                                  "step [release]; no [ours]")
     discount: float = within(0.9, 0.0, 1.0, "*of advantages [ours; release: 0.99]")
@@ -167,7 +167,8 @@ GROUPS = {"preset": "Run", "expert_iterations": "Experts: soft actor-critic",
 
 def help_text(kind: type = Settings) -> str:
     """Settings of a Settings class, a line each, grouped. Its own come last."""
-    lines = ["settings, for --set NAME=VALUE (* a fork usually changes these first):"]
+    lines = ["settings, for --set NAME=VALUE (* a fork usually changes these first).",
+             "A task may have other defaults: see its file in tasks/, or settings.json of a run."]
     known = {spec.name for spec in dataclasses.fields(Settings)}
     for spec in dataclasses.fields(kind):
         if spec.name in GROUPS:

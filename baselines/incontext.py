@@ -9,6 +9,9 @@ state that it visits, and it imitates the labels of all trials so far. The exper
 the student must find it out from rewards. So the best that it can do is to act as the mean of the
 experts of all tasks that its memory leaves possible.
 
+[ours] Each trial is also copied with the rewards and labels of other training tasks (`relabelled`):
+from one task's trials alone the student learns that task, not how to tell tasks apart.
+
 beta_i = I(i = 1), the choice without a parameter: the expert acts in the first iteration, the
 student in all later ones. Letters in shapes: n tasks, B trials, L steps of a trial.
 """
@@ -45,7 +48,7 @@ class Settings(recurrent.Settings):
         3e-3, 1e-7, 1.0, "*Adam's learning rate; falls to the share final_rate")
     trial_batch: int = settings_module.within(32, 1, 100_000, "trials per gradient step")
     relabelled: int = settings_module.within(
-        0, 0, 1000, "*copies of every trial with another training task's rewards and labels")
+        8, 0, 1000, "*copies of every trial with another training task's rewards and labels")
 
 
 def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:

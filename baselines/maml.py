@@ -16,7 +16,8 @@ et al. 2019, arXiv 1810.06784). The outer gradient of the second also knows that
 explore other episodes. It is the default: with the first, the tests' point task gets worse again
 after some 20 iterations.
 
-Letters in shapes: m tasks of an iteration, K episodes per task, T steps, B = K * T samples.
+Letters in shapes: m tasks of an iteration, K episodes per task, T steps, B = K * ceil(T /
+noise_hold) samples: the steps at which noise is drawn.
 """
 import math
 from collections.abc import Callable, Iterator

@@ -41,8 +41,8 @@ class Settings(settings_module.Settings):
     context_batch: int = within(128, 1, 65536, "N, transitions of a trial that z comes from")
     recent_trials: int = within(10, 1, 10_000, "latest trials of each task that give contexts")
     context_next: str = one_of("no", ("no", "yes"), "whether a context holds next observations")
-    relabelled: float = within(0.0, 0.0, 1.0, "share of both that is other tasks' transitions with "
-                               "this task's rewards [ours]; 0 where a family has no outcome_size")
+    relabelled: float = within(0.0, 0.0, 1.0, "share of transitions and contexts that is other "
+                               "tasks', with this task's rewards [ours]; 0 without outcome_size")
 
 
 # ---------------------------------------------------------------- the algorithm

@@ -34,7 +34,8 @@ class Settings(settings_module.Settings):
         3, 1, 1000, "*E, episodes of a trial: memory lasts from one to the next")
     after_trial: str = settings_module.one_of(
         "hold", ("hold", "go on"),
-        "at meta-test, later episodes: start with the memory that the E-th began with; remember on")
+        "at meta-test, after E episodes: every further one starts with the memory that the E-th "
+        "started with; or the memory goes on changing")
     memory: int = settings_module.within(128, 1, 4096, "*units of the GRU")
     memory_rate: float = settings_module.within(
         1e-3, 1e-7, 1.0, "*Adam's learning rate; falls to the share final_rate")

@@ -9,8 +9,9 @@ rewards of that task's own episodes best,
 
 the maximum of the likelihood under normal noise. Then the contextual expert is told g.
 
-In every exploring episode the expert is told a random goal among those that explain all rewards so
-far. At first all training goals do. With dense rewards soon none does; then it is told g.
+Eq. 1 sums over `transitions` random steps of all episodes so far. In every exploring episode the
+expert is told a random goal among those that explain all these rewards. At first all training goals
+do, and their mean. With dense rewards soon none does; then it is told g.
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Adapter(oracle.Adapter):
     def begin(self, count: int, generator: torch.Generator) -> None:
         super().begin(count, generator)
         self.seen = []  # of each round
-        # The training goals and, last, g: (count, G, task); and which explain all rewards so far.
+        # The training goals and, last, g: (count, G, task); and which explain all rewards drawn.
         self.goals = np.concatenate([np.tile(self.tasks, (count, 1, 1)), self.guess[:, None]], 1)
         self.consistent = np.ones(self.goals.shape[:2])
 

@@ -87,6 +87,10 @@ def test_an_action_at_the_limit_of_tanh_has_no_gradient():
     assert torch.equal(after[:, 4], mean[:, 4]) and not after.requires_grad
     others = torch.arange(10) != 4
     assert torch.equal(after[:, others], before[:, others])
+    for steps, zero in ((4, True), (3, False)):
+        of_mean = torch.autograd.grad(mean[:, steps].sum(), adapter.own.parameters,
+                                      retain_graph=True)
+        assert all(not g.any() for g in of_mean) is zero
     gradients = torch.autograd.grad(adapter.loss(limit).sum(), adapter.own.parameters)
     assert all(torch.isfinite(g).all() for g in gradients)
 

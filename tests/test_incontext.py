@@ -13,7 +13,7 @@ from tests.test_rl2 import learned, normal
 
 SMALL = incontext.Settings(method="incontext", hidden=6, memory=5, trials=2, trial_episodes=3,
                            iterations=3, meta_steps=2, trial_batch=4, expert_reward_scale=0.5,
-                           demonstration_noise=0.2)
+                           demonstration_noise=0.2, relabelled=0)
 
 
 def watched(settings=SMALL, problem=None):

@@ -52,9 +52,11 @@ class PearlActors:
         x = torch.cat([seen, z], dim=-1)
         parts = gaussian(self.parameters, x.view(len(self.parameters[0]), -1, x.shape[-1]))
         mean, log_std = (part.view(actions.shape) for part in parts)
-        # Beyond 1 - 1e-6 tanh's rounding hides what was sampled: such an action has no gradient.
+        # Beyond 1 - 1e-6 tanh's rounding hides what was sampled: such an action teaches its mean
+        # nothing.
         actions = actions.to(mean)
         known = actions.abs() < 1 - 1e-6
+        mean = torch.where(known, mean, mean.detach())
         return mean, log_std.detach(), torch.where(known, actions.atanh(), mean.detach())
 
 
