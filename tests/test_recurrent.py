@@ -193,16 +193,14 @@ def test_after_the_trial(choice):
 
 
 def test_being_measured_does_not_disturb_memory():
-    """After two rounds of evaluate.py's protocol: as if nobody had measured in between."""
+    """After two rounds of evaluate.py's protocol: as if nobody had measured, or played a third."""
     problem, agent, lone = point_problem(3), make_agent(), make_agent()
     out = evaluate(PointEnvironments(POINT), agent, problem.tasks, 2, 1, seed=0)
     assert [row["gradient_steps"] for row in out.lists["held_out"][::3]] == [0, 1, 2]
     assert out.env_steps == 3 * 10 * (3 + 3)
     lone.begin(3, random_streams(0, "evaluation", 0)[1])
-    for k in range(3):
-        episodes = problem.rollout(lone.act, problem.tasks, 1)
-        if k < 2:
-            lone.update(episodes)
+    for _ in range(2):
+        lone.update(problem.rollout(lone.act, problem.tasks, 1))
     assert same(agent.memory, lone.memory) and agent.memory["hidden"].any()
 
 
