@@ -108,14 +108,14 @@ def adapt_and_measure(out: Evaluation, environments: Environments, adapter, task
         if k == rounds and not explore_last:
             break
         parts, together = parts_of_round(adapter, episodes)
-        sampled, last = [], k == rounds
-        explorer = copy.deepcopy(adapter) if last else adapter
+        sampled = []
+        explorer = adapter if k < rounds else copy.deepcopy(adapter)
         for part in range(parts):
             explored = out.count(environments.rollout(explorer.act, tasks, together))
             sampled.append(returns_and_distances(explored, n))
-            if not last or part < parts - 1:  # nobody asks for what the very last part teaches
+            if k < rounds or part < parts - 1:  # nobody asks for what the very last part teaches
                 explorer.update(explored)
-        updates += 0 if last else parts
+        updates += parts
         returns, distances = np.mean(sampled, axis=0)
         out.lists["held_out_sampled"] += records(environments.family, tasks, returns, distances,
                                                  **counts)

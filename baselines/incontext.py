@@ -9,8 +9,8 @@ state that it visits, and it imitates the labels of all trials so far. The exper
 the student must find it out from rewards. So the best that it can do is to act as the mean of the
 experts of all tasks that its memory leaves possible.
 
-[ours] Each trial is also copied with the rewards and labels of other training tasks (`relabelled`):
-from one task's trials alone the student learns that task, not how to tell tasks apart.
+[ours] Each trial is also copied with the rewards and labels of other training tasks (`relabelled`).
+So the student sees the same steps under many goals. docs/comparisons.md has the effect.
 
 beta_i = I(i = 1), the choice without a parameter: the expert acts in the first iteration, the
 student in all later ones. Letters in shapes: n tasks, B trials, L steps of a trial.

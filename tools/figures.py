@@ -191,11 +191,11 @@ def draw_episodes(axes, factors, runs: dict, few: dict, last: int = 100) -> None
         parts = [(few.get(method, seeds), look)]
         if method in few and method in runs and base(method) == "gmps":
             parts = [(runs[method], look), (few[method], in_few_rounds(look) | {"markersize": 4})]
-        for part, look in parts:
+        for part, own_look in parts:
             for axis, key, factor in zip(axes, MEASURES, factors):
                 x, values = against_episodes(part, key)
                 shown = x <= max(last, x[1])
-                draw(axis, x[shown], factor * values[:, shown], **look)
+                draw(axis, x[shown], factor * values[:, shown], **own_look)
     for axis in axes:
         axis.set_xlabel("episodes of the new task")
     axes[-1].set_ylim(bottom=0)
