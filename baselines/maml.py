@@ -52,7 +52,9 @@ class Settings(settings_module.Settings):
         20, 2, 10_000, "*K, per task before each inner step, and again after the last")
     meta_batch: int = within(20, 1, 1000, "tasks per iteration, at most all")
     init_std: float = within(1.0, 1e-3, 10.0, "exploration noise at the start")
-    init_step_size: float = within(0.1, 0.0, 10.0, "*alpha at the start [MAML: 0.1]")
+    noise_hold: int = within(
+        1, 1, 1000, "time steps that exploration noise is held for; set 8 for the ant [ours]")
+    init_step_size: float = within(0.3, 0.0, 10.0, "*alpha at the start [MAML: 0.1]")
     later_steps: float = within(
         0.5, 0.0, 1.0, "*at meta-test, factor on alpha's positive part in untrained steps [MAML]")
     adapt_std: str = one_of("yes", ("yes", "no"), "whether log-std adapts in the inner step")

@@ -23,8 +23,8 @@ from tests.test_checkpoints import EVALUATE, stopped, timeless
 from tests.test_meta_training import same
 
 # ---------------------------------------------------------------- the algorithm, step by step
-STEPS = maml.Settings(seed=1, noise_hold=1, hidden=8, bias_vector=2, training_tasks=5, meta_batch=3,
-                      episodes=4, inner_steps=2, collections=3)
+STEPS = maml.Settings(seed=1, init_step_size=0.1, hidden=8, bias_vector=2, training_tasks=5,
+                      meta_batch=3, episodes=4, inner_steps=2, collections=3)
 POINTS = PointEnvironments(PointGoal())
 
 
@@ -195,7 +195,7 @@ def test_its_own_defaults_win_over_a_familys_and_give_way_to_options():
         return run.choose_settings(options, options.task, 0)
     ant, door = chosen("--task", "ant"), chosen("--task", "door")
     assert (ant.episodes, ant.meta_batch, ant.collections) == (20, 20, 125)
-    assert (ant.noise_hold, ant.discount) == (8, 0.99)
+    assert (ant.noise_hold, ant.discount) == (1, 0.99)
     assert (door.collections, door.later_steps, door.experts) == (125, 0.5, "scripted")
     assert chosen("--task", "ant", "--quick", "--set", "inner_steps=2").episodes == 4
     assert chosen("--task", "ant", "--preset", "paper").episodes == 50
