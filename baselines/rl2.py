@@ -40,7 +40,7 @@ class Settings(recurrent.Settings):
     trial_discount: float = settings_module.within(
         0.99, 0.0, 0.9999, "*discount of rewards over the whole trial")
     trial_lambda: float = settings_module.within(0.95, 0.0, 1.0, "lambda of its advantages")
-    epochs: int = settings_module.within(5, 1, 1000, "*passes of PPO over an iteration's trials")
+    epochs: int = settings_module.within(10, 1, 1000, "*passes of PPO over an iteration's trials")
     minibatches: int = settings_module.within(4, 1, 10_000, "gradient steps per pass")
     clip: float = settings_module.within(0.2, 1e-3, 10.0, "*epsilon of PPO")
     entropy_weight: float = settings_module.within(1e-3, 0.0, 10.0, "of PPO's entropy bonus")
