@@ -313,9 +313,10 @@ def open_evaluation(out: Path) -> None:
 
 @functools.cache
 def commit() -> str:
-    """Commit of the code at the first call, which is at the program's start.
+    """Commit of the code, asked once, at the program's start.
 
-    It ends in "-dirty" if code that a run may use has changed since. "unknown" outside a checkout.
+    It ends in "-dirty" if Python files that a run may use were changed or new then, and not
+    committed. "unknown" outside a checkout.
     """
     folder = Path(__file__).parent
 

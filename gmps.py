@@ -70,7 +70,8 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
 def collect(learner: "MetaLearner", problem) -> dict:
     """Step 3a: D_i of all tasks, tensors (n, episodes, T, ...), from pi_theta_0.
 
-    Their "behaviour_log_prob" is all that must be kept of theta_0.
+    Of shared episodes only "reward" has n; all else has 1 in its place.
+    "behaviour_log_prob" is all that must be kept of theta_0.
 
     [ours] With `shared_episodes` all tasks share their episodes. pi_theta_0 is the same on every
     task, and so are the dynamics. A task changes only the rewards, and meta-training knows the
@@ -107,11 +108,12 @@ def init_step_sizes(theta: Params, settings: Settings) -> Params:
 def step_sizes(alpha: Params, k: int, episodes: int, settings: Settings) -> Params:
     """alpha of gradient step k = 0, 1, ... that rests on so many `episodes` of each task.
 
-    Meta-training takes one step; those after it are [ours]. Full steps overshoot there, so alpha is
-    multiplied by `later_steps`. With fewer episodes than `test_episodes` the gradient is noisier,
-    so alpha is also multiplied by sqrt(episodes / test_episodes). Negative entries of alpha are set
-    to 0: they go against the reward's gradient, which can help in the first step only. With
-    `later_steps` 1 alpha stays as it is [release].
+    Meta-training takes one step. At meta-test the release goes on with the same alpha. Full steps
+    overshoot there, so later ones are shorter [ours]: `later_steps` times alpha. With fewer
+    episodes than `test_episodes` the gradient is noisier, so alpha is also multiplied by
+    sqrt(episodes / test_episodes). Negative entries of alpha are set to 0: they go against the
+    reward's gradient, which can help in the first step only. With `later_steps` 1 alpha stays as
+    it is [release].
     """
     if k == 0 or settings.later_steps == 1:
         return alpha

@@ -228,8 +228,8 @@ def check_camera(family) -> None:
     if family.image_shape:
         try:
             Camera(family).close()
-        except NoOpenGL as error:
-            raise UserError(str(error)) from None
+        except (NoOpenGL, KeyError) as error:  # no library, or no camera of that name
+            raise UserError(f"{error.args[0]} (camera of {family.name})") from None
 
 
 def sorted_demonstrations(path: Path, task: str) -> Demos:
@@ -245,9 +245,10 @@ def sorted_demonstrations(path: Path, task: str) -> Demos:
 
 # ---------------------------------------------------------------- the three commands
 def train(options) -> None:
-    """The runs that the command line names, one after the other; finished ones are left alone.
+    """The runs that the command line names, one after the other.
 
-    So `--task all --seeds 3` can be stopped at any time and started again.
+    Among several, finished ones are skipped. So `--task all --seeds 3` can be stopped at any time
+    and started again. A single finished run is evaluated again.
     """
     tasks = list(TASKS) if options.task == "all" else [options.task]
     seeds = [options.seed] if options.seeds is None else list(range(options.seeds))
@@ -265,7 +266,6 @@ def train(options) -> None:
                 print(f"---- {task}, seed {seed}: {out}", flush=True)
             with locked(out):
                 open_run(out, settings)
-                # A single finished run is evaluated again; among several it is skipped.
                 if several and (out / "result.json").exists():
                     print("finished before")
                 else:

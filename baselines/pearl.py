@@ -10,7 +10,7 @@ settings named expert_ are those of the experts: the family's, or the defaults. 
 the prior is a mean over tasks, as the critics' loss is. The release sums it over tasks.
 
 Letters in shapes: n training tasks, m tasks of a gradient step, N transitions of a context, B
-transitions per task. A transition is (s, a, r), as in the release, or (s, a, r, s').
+transitions per task. A transition of a context is (s, a, r), as in the release.
 """
 import math
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from baselines import refuse_images
 from local_policies import Replay
 from policy import CorrelatedNoise, normalised
 from sac import SoftActorCritic, init_mlp, mlp, squashed_mean, squashed_sample
-from settings import one_of, random_streams, within
+from settings import random_streams, within
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Settings(settings_module.Settings):
     task_batch: int = within(32, 1, 65536, "transitions per task and gradient step")
     context_batch: int = within(128, 1, 65536, "N, transitions of a trial that z comes from")
     recent_trials: int = within(10, 1, 10_000, "latest trials of each task that give contexts")
-    context_next: str = one_of("no", ("no", "yes"), "whether a context holds next observations")
     relabelled: float = within(0.0, 0.0, 1.0, "share of transitions and contexts that is other "
                                "tasks', with this task's rewards [ours]; 0 without outcome_size")
 
@@ -84,12 +83,10 @@ def collect(learner: "Learner", problem) -> None:
 
 
 # ---------------------------------------------------------------- the encoder
-def context_input(family, settings, observation, action, reward, next_observation) -> torch.Tensor:
+def context_input(family, settings, observation, action, reward) -> torch.Tensor:
     """What the encoder sees of transitions, (..., c): normalised, rewards (...,) scaled."""
     parts = [normalised(family, observation), action,
              settings.expert_reward_scale * reward[..., None]]
-    if settings.context_next == "yes":
-        parts.append(normalised(family, next_observation))
     return torch.cat([torch.as_tensor(part, dtype=torch.float32) for part in parts], dim=-1)
 
 
@@ -158,16 +155,16 @@ class Learner:
         self.settings, self.device, self.n = settings, problem.device, len(problem.tasks)
         family, latent = problem.family, settings.latent
         # Initial weights are of stream 0: collections count from 1.
-        seen = family.observation_size * (2 if settings.context_next == "yes" else 1)
-        sizes = [seen + family.action_size + 1, *[settings.expert_width] * 2, 2 * latent]
+        seen = family.observation_size + family.action_size + 1
+        sizes = [seen, *[settings.expert_width] * 2, 2 * latent]
         encoder = state["policy"]["encoder"] if state is not None else init_mlp(
             sizes, 1, random_streams(settings.seed, "meta-training", 0)[1])
         self.encoder = [p.to(self.device, copy=True).requires_grad_() for p in encoder]
-        self.drawn = replace(  # what sac.py and `Replay.sample` read under other names
+        self.sac_settings = replace(  # what sac.py and `Replay.sample` read under other names
             settings, expert_learning_rate=settings.learning_rate, expert_batch=settings.task_batch,
             expert_relabelled=settings.relabelled if family.outcome_size else 0.0)
         self.learner = SoftActorCritic(1, family.observation_size + latent, family.action_size,
-                                       self.drawn, self.device, further=self.encoder)
+                                       self.sac_settings, self.device, further=self.encoder)
         steps = settings.collections * settings.trial_episodes * family.horizon
         self.replay = Memory(family, problem.tasks, steps)
         self.bounds = np.zeros((1, self.n), int)  # (trials + 1, n): where each ends in its stream
@@ -207,7 +204,7 @@ class Learner:
     def sample(self) -> tuple[torch.Tensor, dict]:
         """Line 13: contexts (m, N, c) and a batch of (m, B, ...), of m random training tasks."""
         some = self.rng.permutation(self.n)[:self.settings.meta_batch]
-        batch = self.replay.sample(self.rng, self.n, self.drawn).items()
+        batch = self.replay.sample(self.rng, self.n, self.sac_settings).items()
         return self.context(some), {name: value[some].to(self.device) for name, value in batch}
 
     def context(self, some: np.ndarray) -> torch.Tensor:
@@ -218,14 +215,15 @@ class Learner:
         """
         m, rng, replay, now = len(some), self.rng, self.replay, self.collection
         trial = rng.integers(max(0, now - self.settings.recent_trials), now, size=m)
-        mixed = rng.random(m) < self.drawn.expert_relabelled
+        mixed = rng.random(m) < self.sac_settings.expert_relabelled
         stream = np.where(mixed, rng.integers(self.n, size=m), some)
         first, end = (self.bounds[k, stream][:, None] for k in (trial, trial + 1))
         stream, index = stream[:, None], rng.integers(first, end, (m, self.settings.context_batch))
-        fields = {name: replay.data[name][stream, index]
-                  for name in ("observation", "action", "next_observation")}
+        observation, action = (replay.data[name][stream, index]
+                               for name in ("observation", "action"))
         reward = replay.rewards(stream, index, replay.tasks[some, None])
-        return context_input(replay.family, self.settings, reward=reward, **fields).to(self.device)
+        return context_input(replay.family, self.settings, observation, action,
+                             reward).to(self.device)
 
     def minimise(self, batch: dict, kl: torch.Tensor) -> None:
         """One step of Adam on Eq. 3, Eq. 4 and beta times the tasks' mean divergence (Eq. 1)."""
@@ -291,9 +289,9 @@ class Adapter:
     @torch.no_grad()
     def update(self, episodes: dict) -> None:
         """Add every transition of the episodes just explored to its task's context."""
-        observations, count = episodes["observations"], len(self.context[0])
-        context = context_input(self.family, self.settings, observations[:, :-1],
-                                episodes["actions"], episodes["rewards"], observations[:, 1:])
+        count = len(self.context[0])
+        context = context_input(self.family, self.settings, episodes["observations"][:, :-1],
+                                episodes["actions"], episodes["rewards"])
         mask = torch.as_tensor(episodes["mask"]).to(context)
         new = evidence(self.encoder, *(x.view(count, -1, *x.shape[2:]).to(self.device)
                                        for x in (context, mask)))

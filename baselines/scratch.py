@@ -37,7 +37,6 @@ class Settings(settings_module.Settings):
                           "gradient, one a round")
     rate_rounds: int = within(
         100, 1, 10_000, "*rounds over which the learning rate falls to a tenth, as the experts'")
-    optimiser: str = one_of("adam", ("adam", "plain"), "pg: Adam; plain gradient steps")
     step_size: float = within(0.01, 1e-6, 10.0, "*pg: its learning rate at the start")
 
 
@@ -145,8 +144,7 @@ class OnPolicy:
         self.phi = {name: torch.stack([draw[name] for draw in draws]).to(device)
                     for name in draws[0]}
         adapting = [value.requires_grad_() for value in learned(self.phi, settings)]
-        kind = {"adam": torch.optim.Adam, "plain": torch.optim.SGD}[settings.optimiser]
-        self.optimiser = kind(adapting, lr=settings.step_size)
+        self.optimiser = torch.optim.Adam(adapting, lr=settings.step_size)
         self.actor = Actor(detached(self.phi), family, self.settings, generator)
 
     def act(self, observation, last: dict | None, explore: bool) -> np.ndarray:

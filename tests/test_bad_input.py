@@ -15,6 +15,7 @@ import checkpoints
 import phases
 from checkpoints import load_checkpoint, save_checkpoint
 from settings import Settings
+from tasks.push_vision import SawyerPushVision
 from tests.conftest import ARGUMENTS, refused, result_of, start
 from tests.test_checkpoints import EVALUATE, answer_of, timeless
 from tools import minari_export
@@ -213,6 +214,14 @@ def test_opengl_library_that_is_absent_stops_only_what_needs_pictures(library):
     """It is no library, or not installed. Push is refused for another reason: it would begin."""
     codes, (vision, push) = answer_of(WITHOUT_GL, library=library)
     assert codes == [2, 2] and vision.startswith("error: no OpenGL") and "use --seed" in push
+
+
+def test_a_model_without_the_camera_of_its_policy_is_one_line(capsys, monkeypatch):
+    """Before any work; so does a machine without OpenGL, which looks for the camera first."""
+    without = SawyerPushVision.xml
+    monkeypatch.setattr(SawyerPushVision, "xml", lambda self: without(self).replace(
+        '<camera name="policy"', '<camera name="other"'))
+    assert "'policy'" in refused(capsys, "--task", "push-vision", "--quick")
 
 
 # ---------------------------------------------------------------- faults of a user's own files

@@ -67,8 +67,7 @@ def transitions(episodes, task, settings):
     T = int(episodes["mask"][task].sum())
     x = (episodes["observations"][task] - CENTRE) / 0.1
     reward = settings.expert_reward_scale * episodes["rewards"][task, :T, None]
-    parts = [x[:T], episodes["actions"][task, :T], reward]
-    return np.concatenate(parts + [x[1:T + 1]] * (settings.context_next == "yes"), axis=1)
+    return np.concatenate([x[:T], episodes["actions"][task, :T], reward], axis=1)
 
 
 def factors(encoder, context):
@@ -237,7 +236,7 @@ def test_contexts_are_recent_trials_batches_are_not_and_rewards_are_the_tasks(sh
     A context is of one trial, that of its task or, relabelled, maybe of another. Of a half that may
     be of any task, one in three is the task's own.
     """
-    settings = changed(relabelled=share, task_batch=4000, context_batch=3000, context_next="yes",
+    settings = changed(relabelled=share, task_batch=4000, context_batch=3000,
                        expert_discount=0.95)
     learner, kept = collected(settings, collections=3)
     place = {np.float32(part["actions"][task, t]).tobytes(): (k, task, t)
@@ -257,7 +256,7 @@ def test_contexts_are_recent_trials_batches_are_not_and_rewards_are_the_tasks(sh
         return {(k, s, t) for k, s, t in place.values() if k in episodes and s == task}
     some = copy.deepcopy(learner.rng).permutation(3)[:2]
     context, batch = learner.sample()
-    assert context.shape == (2, 3000, 6 + 3 + 1 + 6) and batch["action"].shape == (2, 4000, 3)
+    assert context.shape == (2, 3000, 6 + 3 + 1) and batch["action"].shape == (2, 4000, 3)
     for action, reward, task in zip(batch["action"], batch["reward"], some):
         k, source, t = found(action, reward, task)
         own = {(k, s, t) for k, s, t in zip(k, source, t) if s == task}
@@ -274,22 +273,19 @@ def test_contexts_are_recent_trials_batches_are_not_and_rewards_are_the_tasks(sh
             k, source, t = found(c[:, 6:9], c[:, 9], task)
             trial = {2 * (k[0] // 2), 2 * (k[0] // 2) + 1}
             assert len(set(source)) == 1 and set(zip(k, source, t)) == all_of(trial, source[0])
-            x = [[kept[a]["observations"][b, j + after] for a, b, j in zip(k, source, t)]
-                 for after in (0, 1)]
-            seen = torch.cat([c[:, :6], c[:, 10:]], dim=1)
-            assert np.allclose(seen, (np.hstack(x) - np.tile(CENTRE, 2)) / 0.1, atol=1e-4)
+            x = [kept[a]["observations"][b, j] for a, b, j in zip(k, source, t)]
+            assert np.allclose(c[:, :6], (np.array(x) - CENTRE) / 0.1, atol=1e-4)
             sources.add((k[0] // 2, source[0] == task))
         some, context = np.array([2, 0]), learner.context(np.array([2, 0]))
     assert sources == {(trial, own) for trial in (1, 2) for own in (True, False)[:1 + (share > 0)]}
 
 
-@pytest.mark.parametrize("context_next", ["no", "yes"])
-def test_context_at_meta_test_comes_from_exploration_alone(context_next):
+def test_context_at_meta_test_comes_from_exploration_alone():
     """Two rounds of three episodes that end early: the posterior of all explored transitions.
 
     The measured ones never enter. They have mean actions for the posterior's mean.
     """
-    settings = changed(context_next=context_next)
+    settings = changed()
     policy = pearl.Learner(make_problem(TASKS, family=STURDY), settings, None).policy()
     environments, explored, measured = Environments(STURDY, 1), [], []
     adapter, inner = pearl.Adapter(policy, STURDY, settings), environments.rollout
@@ -370,8 +366,7 @@ def test_a_run_from_the_command_line(tmp_path):
     """No expert is asked; every step is counted; a round of meta-test has an update per episode."""
     out = tmp_path / "run"
     own = ("latent=2", "kl_weight=0.2", "trial_episodes=3", "updates_per_step=0.01", "task_batch=8",
-           "context_batch=8", "context_next=yes", "relabelled=0.5", "meta_batch=1",
-           "recent_trials=1")
+           "context_batch=8", "relabelled=0.5", "meta_batch=1", "recent_trials=1")
     assert start("--method", "pearl", *ARGUMENTS, *(f"--set={pair}" for pair in own),
                  "--out", out) == 0
     result = result_of(out)

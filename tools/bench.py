@@ -81,11 +81,12 @@ def bench_family(env: BatchEnv, steps: int) -> None:
     print(f"{family.name}, B = {num_envs}: {count / mine:,.0f} steps/s; bare mujoco.rollout "
           f"{count / raw:,.0f} steps/s; ratio {raw / mine:.2f}")
 
-    for mode, small in (("sync", 8), ("async", 8)):
+    small = 8
+    for mode in ("sync", "async"):
         other = gymnasium.make_vec(f"gmps/{type(family).__name__}-v0", num_envs=small,
                                    vectorization_mode=mode)
 
-        def theirs(other=other, small=small):
+        def theirs(other=other):
             other.reset(seed=0)
             for action in actions:
                 other.step(action[:small].astype(np.float32))

@@ -203,7 +203,7 @@ def draw_episodes(axes, factors, runs: dict, few: dict, last: int = 100) -> None
 
 # ---------------------------------------------------------------- the figures
 def against_training(task: str, results: Path):
-    """Figures 1 and 2."""
+    """Push or the ant, after one round, against environment steps of training."""
     runs = found(results, task, leave=("scratch",))
     if not runs:
         return None
@@ -215,7 +215,7 @@ def against_training(task: str, results: Path):
 
 
 def against_experience(task: str, results: Path):
-    """Figure 3, one for each task."""
+    """Held-out tasks against episodes of the new task."""
     runs, few = (found(results, task, part, leave=("scratch",)) for part in ("", "few"))
     if not runs:
         return None
@@ -226,7 +226,7 @@ def against_experience(task: str, results: Path):
 
 
 def outside(results: Path):
-    """Figure 4: the ant's goals by their distance from the arc."""
+    """The ant's goals by their distance from the arc."""
     runs = found(results, "ant", "outside")
     if not runs:
         return None
@@ -253,7 +253,7 @@ def outside(results: Path):
 
 
 def door(results: Path):
-    """Figure 5: sparse reward, from demonstrations and from reward alone."""
+    """The door: sparse reward, from demonstrations and from reward alone."""
     runs = found(results, "door", leave=("scratch",))
     if not runs:
         return None
@@ -267,7 +267,7 @@ def door(results: Path):
 
 
 def images(results: Path):
-    """Figure 6: push from images."""
+    """Push from images."""
     runs = found(results, "push-vision", leave=("scratch",))
     if not runs:
         return None
@@ -279,7 +279,7 @@ def images(results: Path):
 
 
 def scratch(task: str, results: Path):
-    """Figure 8: env steps on one new task, learned alone or adapted to."""
+    """Env steps on one new task, learned alone or adapted to."""
     runs = {name: seeds for name, seeds in found(results, task, "long").items()
             if base(name) == "scratch"}
     if not runs:

@@ -1,6 +1,6 @@
 """Gradient steps after the context: PEARL or RL^2 goes on learning on a new task.
 
-    python tools/finetune.py --rate 1e-3 --task ant --evaluate runs/ant/pearl/seed0 --extrapolate
+    python tools/finetune.py --rate 1e-2 --task ant --evaluate runs/ant/pearl/seed0 --extrapolate
 
 All options but --rate are those of `run.py --evaluate`. The first round is the method's own: its
 belief or its memory learns from K episodes. Then it stays as it is, and every task gets a copy of
@@ -154,7 +154,7 @@ class FineTuned:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rate", type=float, default=1e-3, help="Adam's (default 1e-3)")
+    parser.add_argument("--rate", type=float, default=1e-2, help="Adam's (default 1e-2)")
     parser.add_argument("--evaluate", required=True, metavar="DIR", help="as for run.py")
     options, others = parser.parse_known_args(arguments)
     return run.main(["--evaluate", options.evaluate, *others], partial(
