@@ -185,18 +185,17 @@ def show(task: str) -> str:
     """Table: the effect of every ablation, its mean and each seed's."""
     title, unit, digits = make_family(task).table
     first, third = (effects(task, "return", k) for k in (1, 3))
-    near = effects(task, "final_distance", 3)
+    near = [effects(task, "final_distance", k) for k in (1, 3)]
     if not first:
         return "Not measured yet."
-    lines = [f"| undone | setting | return after 1 step | after 3 steps | {title} after 3 steps |",
-             "|---|---|---|---|---|"]
+    lines = ["| undone | setting | return after 1 step | after 3 steps "
+             f"| {title} after 1 step | after 3 steps |", "|---|---|---|---|---|---|"]
     for name in sorted(first, key=lambda name: first[name].mean()):
         changes = {"preset": "paper"} if name == PAPER else kept_runs(task, name)[0]["changes"]
         setting = ", ".join(f"{key}={value}" for key, value in changes.items())
         cells = [f"{part[name].mean():+.0f} ({', '.join(f'{x:+.0f}' for x in part[name])})"
                  for part in (first, third)]
-        distances = unit * near[name]
-        cells.append(f"{distances.mean():+.{digits}f}")
+        cells += [f"{unit * part[name].mean():+.{digits}f}" for part in near]
         lines.append(f"| {name} | `{setting}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
