@@ -217,7 +217,7 @@ def test_opengl_library_that_is_absent_stops_only_what_needs_pictures(library):
 
 
 def test_a_model_without_the_camera_of_its_policy_is_one_line(capsys, monkeypatch):
-    """Before any work; so does a machine without OpenGL, which looks for the camera first."""
+    """Before any work. The camera is looked for first, so this needs no OpenGL."""
     without = SawyerPushVision.xml
     monkeypatch.setattr(SawyerPushVision, "xml", lambda self: without(self).replace(
         '<camera name="policy"', '<camera name="other"'))
