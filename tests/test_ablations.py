@@ -36,8 +36,9 @@ def test_effects_are_differences_between_runs_of_the_same_seed(tmp_path, monkeyp
                                         "changes": ablations.ABLATIONS["push"][name]}))
     found = ablations.effects("push", "return", 1)
     assert list(found) == ["w unbounded"] and np.array_equal(found["w unbounded"], [-20, -30])
-    assert ablations.show("push").splitlines()[-1] == (
-        "| w unbounded | `max_weight=1e+30` | -25 (-20, -30) | -25 (-20, -30) | -0.0125 | -0.0025 |")
+    assert ablations.show("push").endswith(
+        "| w unbounded | `max_weight=1e+30` | -25 (-20, -30) | -25 (-20, -30) | -0.0125 | -0.0025 |"
+    )
 
 
 def test_experts_are_lent_to_runs_that_leave_them_alone(tmp_path, monkeypatch):
