@@ -221,7 +221,7 @@ def test_policy_gradient_step_by_hand(adapt_std, problem):
 
 # ---------------------------------------------------------------- learning
 @pytest.mark.slow
-@pytest.mark.parametrize("learner, rounds, episodes", [("sac", 30, 5), ("pg", 60, 10)])
+@pytest.mark.parametrize("learner, rounds, episodes", [("sac", 30, 5), ("pg", 60, 20)])
 def test_the_point_task_is_learned(learner, rounds, episodes):
     """From -20 to within 2 of the straight way's -3.2; not by the rewards of another task."""
     settings = scratch.Settings(
