@@ -228,8 +228,8 @@ def check_camera(family) -> None:
     if family.image_shape:
         try:
             Camera(family).close()
-        except (NoOpenGL, KeyError) as error:  # no library, or no camera of that name
-            raise UserError(f"{error.args[0]} (camera of {family.name})") from None
+        except (NoOpenGL, ValueError) as error:
+            raise UserError(str(error)) from None
 
 
 def sorted_demonstrations(path: Path, task: str) -> Demos:

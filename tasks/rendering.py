@@ -53,7 +53,8 @@ class Camera:
 
     No shadows, few facets, geometry only. The loop over states calls MuJoCo's C functions
     directly, and kinematics alone puts the bodies in their places: mujoco.Renderer with its full
-    settings would take a hundred times as long. NoOpenGL where there is no library.
+    settings would take a hundred times as long. NoOpenGL where there is no library, ValueError
+    where the model has no camera of that name.
     """
 
     def __init__(self, family, name: str = "policy"):
@@ -69,7 +70,9 @@ class Camera:
         self.scene.flags[:] = 0  # no shadows, no reflections, no sky
         self.view = mujoco.MjvCamera()
         self.view.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self.view.fixedcamid = self.model.camera(name).id
+        self.view.fixedcamid = mujoco.mj_name2id(self.model, mujoco.mjtObj.mjOBJ_CAMERA, name)
+        if self.view.fixedcamid < 0:
+            raise ValueError(f"{family.name} has pictures: give its model a camera named {name!r}")
         self.rectangle = mujoco.MjrRect(0, 0, self.width, self.height)
         with opengl():
             self.gl = mujoco.GLContext(self.width, self.height)
