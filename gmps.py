@@ -1,4 +1,4 @@
-"""Guided meta-policy search: meta-train a policy that a few policy-gradient steps make an expert.
+"""Guided meta-policy search: meta-train a policy that adapts to a new task in a few gradient steps.
 
 Source: "Guided Meta-Policy Search", Mendonca, Gupta, Kralev, Abbeel, Levine, Finn (NeurIPS 2019,
 arXiv 1904.00956v2). Step numbers are our own, see README. Marks, here and in all files:
@@ -10,6 +10,7 @@ Parameters are dicts of tensors (policy.py): `theta` without, `phi` with a leadi
 """
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -61,8 +62,8 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
         # 3c. Roll out pi_phi_i, label the visited states with pi*_i, add them to D*_i.
         aggregate(learner, problem, collected, demonstrations, experts)
         yield learner.state(), learner.metrics()
-    # Meta-test. On each new task, in rounds: K episodes of pi_phi, then an inner step on their
-    # rewards (`Adapter.update`). No expert is asked.
+    # Meta-test. On each new task, in rounds: `test_episodes` episodes of pi_phi, then an inner step
+    # on their rewards (`Adapter.update`). No expert is asked.
     problem.meta_test(Adapter(learner.policy(), problem.family, settings, problem.device))
 
 
@@ -317,12 +318,14 @@ class MetaLearner:
 # ---------------------------------------------------------------- meta-test
 class Adapter:
     """Policy-gradient steps on the rewards of new tasks (contract: baselines/__init__.py)."""
-    sequential = False  # the K episodes of a round may run side by side
+    sequential = False  # the episodes of a round may run side by side
 
     def __init__(self, policy: dict, family, settings: Settings, device="cpu"):
         self.theta, self.alpha = ({name: value.to(device) for name, value in policy[key].items()}
                                   for key in ("theta", "alpha"))
-        self.scale, self.family, self.settings = policy["scale"], family, settings
+        self.scale, self.family = policy["scale"], family
+        # Without a scale from meta-training, one for all new tasks would mix what they know.
+        self.settings = settings if self.scale else replace(settings, advantage_scale="per task")
         start = policy.get("no_adaptation") if settings.imitation_steps else None
         self.references = {} if start is None else {"no_adaptation": Adapter(
             policy | {"theta": start, "no_adaptation": None}, family, settings, device)}
@@ -337,7 +340,7 @@ class Adapter:
         self.actor = Actor(per_task(self.theta, count), self.family, self.settings, generator)
 
     def act(self, observation, last: dict | None = None, explore: bool = True) -> np.ndarray:
-        """Actions (count * K, act) for count * K environments, ordered by task."""
+        """Actions (environments, act), ordered by task; each task has equally many."""
         return self.actor(observation, last, explore)
 
     def update(self, episodes: dict) -> None:

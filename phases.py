@@ -210,7 +210,7 @@ class Problem:
             self.journal.save("policy_partial.pt", "policy in training", state)
 
     def _add_to_curve(self, iteration: int) -> None:
-        """Measure the current policy on validation tasks; these steps are counted separately."""
+        """Measure the current policy on validation tasks. Training's steps do not include these."""
         journal, settings = self.journal, self.settings
         with journal.timing("curve"):
             adapter = self.method.Adapter(self.state["policy"], self.family, settings, self.device)
@@ -219,7 +219,6 @@ class Problem:
             evaluation = evaluate(self.environments, adapter, tasks, CURVE_ROUNDS,
                                   settings.test_episodes, settings.seed, purpose="curve",
                                   stream=iteration, explore_last=False)
-            # What measuring costs is not what training costs: it is counted apart.
             before = sum(journal.env_steps[phase] for phase in ("experts", "meta_training"))
             journal.curve += curve_points(evaluation, before)
             for counts, more in ((journal.env_steps, evaluation.env_steps),

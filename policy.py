@@ -134,11 +134,11 @@ def exploration_noise(shape: tuple[int, int, int], settings: Settings,
     and on push that halves the samples.
 
     [ours] "orthogonal": over the K episodes each number of the noise sums to zero, and its squares
-    sum to K. The products of different ones sum to zero: of other action dimensions, and of as many
-    neighbouring draws as K allows. So a policy gradient does not mistake chance correlation for an
-    effect. Each episode by itself still looks almost normal if K is much larger than act. With no
-    more episodes than action dimensions noise is independent. Compare Choromanski et al. 2018,
-    "Structured Evolution with Compact Architectures for Scalable Policy Optimization".
+    sum to K. The products of different ones sum to zero: of other action dimensions, and of draws
+    in the same block, (K - 1) / act of them in a row. So a policy gradient does not mistake chance
+    correlation for an effect. Each episode by itself still looks almost normal if K is much larger
+    than act. With no more episodes than action dimensions noise is independent. Compare Choromanski
+    et al. 2018, "Structured Evolution with Compact Architectures for Scalable Policy Optimization".
     """
     n, K, act = shape
     together = max(1, (K - 1) // act)  # draws that are orthogonal to each other

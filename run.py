@@ -178,12 +178,12 @@ def choose_settings(options, task: str, seed: int,
                  "reward": family.reward}
         if options.experts is not None:
             given["experts"] = options.experts
-        # Later ones win: family, --preset, local experts, --quick, --set, options. A family's are
-        # for GMPS: where a method's class gives a setting a default of its own, that one wins.
+        # Later ones win: family, --preset, local experts, --quick, --set, options. The first two
+        # are for GMPS: where a method's class gives a setting its own default, that one wins.
         own = set() if kind is settings_module.Settings else inspect.get_annotations(kind).keys()
-        preset = {name: value for name, value in family.settings.items() if name not in own}
-        if options.preset == "paper":
-            preset |= settings_module.PAPER | family.paper_settings
+        paper = settings_module.PAPER | family.paper_settings if options.preset == "paper" else {}
+        preset = {name: value for name, value in (family.settings | paper).items()
+                  if name not in own}
         if options.experts == "local":
             preset |= family.local_settings
         if options.quick:

@@ -35,10 +35,9 @@ class Adapter(gmps.Adapter):
     """GMPS's own adapter with one fixed step size."""
 
     def __init__(self, policy: dict, family, settings: Settings, device="cpu"):
-        # A common scale would need rollouts on the training tasks, so each task has its own.
-        settings = dataclasses.replace(settings, init_step_size=settings.step_size,
-                                       advantage_scale="per task")
+        settings = dataclasses.replace(settings, init_step_size=settings.step_size)
         alpha = gmps.init_step_sizes(policy["theta"], settings)
+        # A common scale would need rollouts on the training tasks, so each task has its own.
         super().__init__({"theta": policy["theta"], "alpha": alpha, "scale": None}, family,
                          settings, device)
 

@@ -189,7 +189,7 @@ def test_meta_test_takes_the_steps_of_meta_training_first():
 
 # ---------------------------------------------------------------- the command
 def test_its_own_defaults_win_over_a_familys_and_give_way_to_options():
-    """A family's settings are for GMPS. What MAML says nothing of stays the family's."""
+    """A family's settings and the paper's are for GMPS: MAML's own come before them."""
     def chosen(*arguments):
         options = run.parse(["--method", "maml", *arguments])
         return run.choose_settings(options, options.task, 0)
@@ -198,7 +198,8 @@ def test_its_own_defaults_win_over_a_familys_and_give_way_to_options():
     assert (ant.noise_hold, ant.discount) == (1, 0.99)
     assert (door.collections, door.later_steps, door.experts) == (125, 0.5, "scripted")
     assert chosen("--task", "ant", "--quick", "--set", "inner_steps=2").episodes == 4
-    assert chosen("--task", "ant", "--preset", "paper").episodes == 50
+    paper = chosen("--task", "ant", "--preset", "paper")
+    assert (paper.episodes, paper.collections, paper.noise) == (20, 125, "independent")
     assert chosen("--set", "episodes=7").episodes == 7
     options = run.parse(["--task", "ant"])
     assert run.choose_settings(options, "ant", 0).episodes == 50, "GMPS's own"

@@ -5,10 +5,10 @@
     python tools/ablations.py --show                    # a table and a picture of what is there
 
 Every run is `run.py` on one thread with one setting changed. A run that does not change the experts
-uses those of the recipe's run with the same seed; their steps are counted all the same. Each policy
-then adapts to 40 validation goals, never to the held-out ones (but for --preset paper, which is
-read from results/). Kept: results/ablations/TASK/NAME/seedS.json. A command that was stopped goes
-on where it was. The picture is results/figures/ablations.png.
+uses those of the recipe's run with the same seed, if runs/ablations/ still holds them; their steps
+are counted all the same. Each policy then adapts to 40 validation goals, never to the held-out ones
+(but for --preset paper, which is read from results/). Kept: results/ablations/TASK/NAME/seedS.json.
+A command that was stopped goes on where it was. The picture is results/figures/ablations.png.
 """
 import argparse
 import json
@@ -29,7 +29,7 @@ from tasks import make_family, task_set  # noqa: E402
 from tools.pictures import pyplot, save_figure  # noqa: E402
 
 GOALS, ROUNDS = 40, 3
-PAPER = "all of them: --preset paper"
+PAPER = "all but the experts: --preset paper"
 # Name of the run: what it changes. "recipe" changes nothing.
 ABLATIONS = {
     "push": {
@@ -210,7 +210,8 @@ def picture(tasks: list[str], path: Path) -> None:
     shown = {task: [effects(task, "return", k) for k in (1, 3)] for task in tasks}
     heights = [1 + len(first) for first, _ in shown.values()]
     figure, axes = pyplot().subplots(len(tasks), 1, figsize=(8, 1 + 0.26 * sum(heights)),
-                                     height_ratios=heights, squeeze=False, layout="constrained")
+                                     height_ratios=heights, squeeze=False, sharex=True,
+                                     layout="constrained")
     for (task, parts), axis in zip(shown.items(), axes[:, 0]):
         names = sorted(parts[0], key=lambda name: -parts[0][name].mean())
         for part, shift, color, label in zip(parts, (0.2, -0.2), ("tab:orange", "tab:blue"),
@@ -222,9 +223,14 @@ def picture(tasks: list[str], path: Path) -> None:
                 axis.plot(part[name], np.full(len(part[name]), row), ".", color=color)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(np.arange(len(names)), names)
-        axis.set_xscale("symlog", linthresh=10)
         axis.set(title=task, xlabel="change of the return when it is undone")
-        axis.legend()
+        axis.tick_params(labelbottom=True)
+        axis.grid(axis="x", alpha=0.3)
+    axis.set_xscale("symlog", linthresh=10)
+    ticks = [-300, -100, -30, -10, -5, 0, 5, 10]
+    axis.set_xticks(ticks, ticks)
+    axis.minorticks_off()
+    axes[0, 0].legend()
     save_figure(figure, path)
 
 

@@ -27,14 +27,14 @@ from tools.tables import by_seed, training_steps
 STYLES = {
     "gmps": ("GMPS", "#D55E00", "o"), "maml": ("MAML", "#0072B2", "s"),
     "rl2": ("RL²", "#009E73", "^"), "pearl": ("PEARL", "#CC79A7", "D"),
-    "incontext": ("in-context", "#E69F00", "v"), "multitask": ("imitation + gradient", "#56B4E9",
-                                                              "P"),
-    "regress": ("goal regression", "#000000", "X"),
+    "incontext": ("incontext", "#000000", "v"), "multitask": ("multitask", "#56B4E9", "P"),
+    "regress": ("regress", "#999999", "X"),
     "scratch-sac": ("soft actor-critic from scratch", "#000000", "*"),
     "scratch-pg": ("policy gradient from scratch", "#56B4E9", "P")}
-VARIANTS = {"demos": ", demonstrations", "fixed": ", fixed step size", "relabelled": ", relabelled",
-            "finetuned": " + gradient"}  # dashed, in their method's colour
-VARIANT_MARKERS = {"local": "<", "paper": ">", "paper-no-aggregation": "p"}  # others: the method's
+# Variant: what its label adds, marker. It is dashed, in its method's colour.
+VARIANTS = {"fixed": (", fixed step size", "p"), "relabelled": (", relabelled", "<"),
+            "finetuned": (", then gradient steps", ">")}
+BY_GRADIENT = ("gmps", "maml", "multitask")  # small rounds give them a worse gradient
 NEAR = {"push": (0.03, 0.02), "ant": (0.5,)}  # final distances that `verdicts` asks about
 REWARD_ALONE = ("maml", "rl2", "pearl")  # their training ends where it is flat, or by its budget
 ENDED = " (ended by its budget)"
@@ -49,14 +49,17 @@ def seeds_of(results: Path, task: str, method: str, part: str = "") -> list[dict
     return by_seed(results, str(Path(task, method, "seed*", part, "result.json")))
 
 
-def found(results: Path, task: str, part: str = "", leave=()) -> dict[str, list[dict]]:
-    """{method: seeds} of all methods with results, those of STYLES first; not the ceiling itself.
+def found(results: Path, task: str, part: str = "") -> dict[str, list[dict]]:
+    """{method: seeds} of GMPS and its rivals that have results, in the order of STYLES.
+
+    Not GMPS's own variants (README's table has them), nor `oracle` and `scratch`, which do not
+    train before they meet the new task.
     """
     names = {path.name for path in (results / task).glob("*") if path.is_dir()}
     ranks = {base(name): rank for rank, name in enumerate(STYLES)}
     order = sorted(names, key=lambda name: (ranks.get(base(name), len(ranks)), name))
     out = {name: seeds_of(results, task, name, part) for name in order
-           if base(name) not in ("oracle", *leave)}
+           if base(name) not in ("oracle", "scratch") and not name.startswith("gmps-")}
     return {name: seeds for name, seeds in out.items() if seeds}
 
 
@@ -108,9 +111,11 @@ def style(method: str) -> dict:
     """Label, colour, marker; a variant is dashed."""
     name, variant = (method, "") if method in STYLES else method.partition("-")[::2]
     label, color, marker = STYLES.get(name, (name, "#999999", "."))
-    label += VARIANTS.get(variant, f", {variant}" if variant else "")
-    marker = VARIANT_MARKERS.get(variant, marker)
-    return {"label": label, "color": color, "marker": marker, "linestyle": "--" if variant else "-"}
+    if variant:
+        more, marker = VARIANTS.get(variant, (f", {variant}", marker))
+        label += more
+    return {"label": label, "color": color, "marker": marker, "linestyle": "--" if variant else "-",
+            "zorder": 4 if name == "gmps" else 3}
 
 
 def in_few_rounds(look: dict) -> dict:
@@ -154,7 +159,8 @@ def finish(figure, axes, title: str):
     labels = {label: handle for axis in axes.flat
               for handle, label in zip(*axis.get_legend_handles_labels())}
     labels = {label: handle for label, handle in labels.items() if label + ENDED not in labels}
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, fontsize=11)
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3,
+                  handlelength=3.5, fontsize=11)
     return figure
 
 
@@ -174,7 +180,7 @@ def draw_steps(axes, factors, runs: dict) -> None:
             axis.plot(x[counted], factor * values.mean(0)[counted], **look | {"label": None},
                       markersize=12, markerfacecolor="none", markeredgewidth=2)
             axis.plot(training_steps(seeds), held_out, **look, markersize=9,
-                      markeredgecolor="black", zorder=5)
+                      markeredgecolor="black")
         # Ends fill the panel; a learner's first steps may lie far below.
         low, high = min(ends), max(ends)
         if key == "return":
@@ -184,18 +190,21 @@ def draw_steps(axes, factors, runs: dict) -> None:
         axis.set(xscale="log", xlabel="environment steps of training, experts' included")
 
 
-def draw_episodes(axes, factors, runs: dict, few: dict, last: int = 100) -> None:
-    """Held-out tasks against test episodes: in rounds of 5 where measured, GMPS in both."""
-    for method, seeds in {**runs, **few}.items():
-        look = style(method)
+def draw_episodes(axes, factors, runs: dict, few: dict) -> None:
+    """Held-out tasks against test episodes, up to five whole rounds.
+
+    Those that adapt by gradient are drawn in whole rounds and, where measured, in rounds of 5. The
+    others use every episode as it comes: they are drawn in rounds of 5 where measured.
+    """
+    for method, seeds in runs.items():
+        look, last = style(method), 5 * seeds[0]["settings"]["test_episodes"]
         parts = [(few.get(method, seeds), look)]
-        if method in few and method in runs and base(method) == "gmps":
-            parts = [(runs[method], look), (few[method], in_few_rounds(look) | {"markersize": 4})]
+        if method in few and base(method) in BY_GRADIENT:
+            parts = [(seeds, look), (few[method], in_few_rounds(look) | {"markersize": 4})]
         for part, own_look in parts:
             for axis, key, factor in zip(axes, MEASURES, factors):
                 x, values = against_episodes(part, key)
-                shown = x <= max(last, x[1])
-                draw(axis, x[shown], factor * values[:, shown], **own_look)
+                draw(axis, x[x <= last], factor * values[:, x <= last], **own_look)
     for axis in axes:
         axis.set_xlabel("episodes of the new task")
     axes[-1].set_ylim(bottom=0)
@@ -204,7 +213,7 @@ def draw_episodes(axes, factors, runs: dict, few: dict, last: int = 100) -> None
 # ---------------------------------------------------------------- the figures
 def against_training(task: str, results: Path):
     """Push or the ant, after one round, against environment steps of training."""
-    runs = found(results, task, leave=("scratch",))
+    runs = found(results, task)
     if not runs:
         return None
     figure, axes, factors = panels(task)
@@ -216,7 +225,7 @@ def against_training(task: str, results: Path):
 
 def against_experience(task: str, results: Path):
     """Held-out tasks against episodes of the new task."""
-    runs, few = (found(results, task, part, leave=("scratch",)) for part in ("", "few"))
+    runs, few = (found(results, task, part) for part in ("", "few"))
     if not runs:
         return None
     figure, axes, factors = panels(task)
@@ -254,21 +263,21 @@ def outside(results: Path):
 
 def door(results: Path):
     """The door: sparse reward, from demonstrations and from reward alone."""
-    runs = found(results, "door", leave=("scratch",))
+    runs = found(results, "door")
     if not runs:
         return None
     figure, axes, factors = panels("door", rows=2)
-    for row in axes:
-        level(row, factors, runs, "experts_held_out", "experts, told the angle")
     draw_steps(axes[0], factors, runs)
-    draw_episodes(axes[1], factors, runs, found(results, "door", "few", leave=("scratch",)))
-    return finish(figure, axes, "door, sparse reward. Above: after one round of test episodes; "
-                                "below: held-out angles")
+    level(axes[1], factors, runs, "experts_held_out", "experts, told the angle")
+    draw_episodes(axes[1], factors, runs, found(results, "door", "few"))
+    return finish(figure, axes, "door, sparse reward. Above: after one round; lines: validation "
+                                "angles,\nwhich are wider; filled: held-out angles. Below: "
+                                "held-out angles")
 
 
 def images(results: Path):
     """Push from images."""
-    runs = found(results, "push-vision", leave=("scratch",))
+    runs = found(results, "push-vision")
     if not runs:
         return None
     figure, axes, factors = panels("push-vision")
@@ -280,8 +289,8 @@ def images(results: Path):
 
 def scratch(task: str, results: Path):
     """Env steps on one new task, learned alone or adapted to."""
-    runs = {name: seeds for name, seeds in found(results, task, "long").items()
-            if base(name) == "scratch"}
+    names = ("scratch-sac", "scratch-pg")
+    runs = {name: seeds for name in names if (seeds := seeds_of(results, task, name, "long"))}
     if not runs:
         return None
     figure, axes, factors = panels(task)
@@ -325,7 +334,7 @@ def steps_to(x: np.ndarray, good: np.ndarray, of: float | None = None) -> str:
 
 def verdicts(task: str, results: Path) -> list[str]:
     """A line for each rival: its best level, the steps that count, and GMPS's steps to there."""
-    runs, lines = with_curve(found(results, task, leave=("scratch",))), []
+    runs, lines = with_curve(found(results, task)), []
     if "gmps" not in runs:
         return lines
     steps, returns = against_steps(runs["gmps"], "return")

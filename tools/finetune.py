@@ -42,22 +42,24 @@ class PearlActors:
         adapter.actor = self.parameters
 
     def begin(self, K: int) -> None:
-        """Nothing: the adapter repeats its belief itself."""
+        """K episodes of each task begin. The adapter repeats its belief itself."""
+        self.drawn = []
+
+    def explored(self) -> None:
+        """Keep the noise of the actions just taken: near 1 tanh's rounding hides it."""
+        self.drawn.append(self.adapter.noise.noise.flatten(0, 1))
 
     def gaussians(self, episodes: dict) -> tuple[torch.Tensor, ...]:
         """Mean and log-std of the actions before tanh, and these actions: (n * K, T, act)."""
-        adapter, actions = self.adapter, torch.as_tensor(episodes["actions"], dtype=torch.float32)
+        adapter = self.adapter
         seen = normalised(adapter.family, episodes["observations"][:, :-1]).to(adapter.z)
         z = adapter.z[:, None].expand(-1, seen.shape[1], -1)
         x = torch.cat([seen, z], dim=-1)
         parts = gaussian(self.parameters, x.view(len(self.parameters[0]), -1, x.shape[-1]))
-        mean, log_std = (part.view(actions.shape) for part in parts)
-        # Beyond 1 - 1e-6 tanh's rounding hides what was sampled: such an action teaches its mean
-        # nothing.
-        actions = actions.to(mean)
-        known = actions.abs() < 1 - 1e-6
-        mean = torch.where(known, mean, mean.detach())
-        return mean, log_std.detach(), torch.where(known, actions.atanh(), mean.detach())
+        noise = torch.stack(self.drawn, dim=1).to(x)
+        mean, log_std = (part.view(noise.shape) for part in parts)
+        log_std = log_std.detach()
+        return mean, log_std, (mean + log_std.exp() * noise).detach()
 
 
 class RecurrentPolicies:
@@ -78,6 +80,9 @@ class RecurrentPolicies:
         parts = zip(self.copies, x.chunk(len(self.copies)), hidden.chunk(len(self.copies)))
         outputs, last = zip(*(policy(*part) for policy, *part in parts))
         return torch.cat(outputs), torch.cat(last)
+
+    def explored(self) -> None:
+        """Nothing: the adapter keeps what it saw, and no tanh bounds its actions."""
 
     def begin(self, K: int) -> None:
         """K episodes of each task begin."""
@@ -122,7 +127,10 @@ class FineTuned:
         """Actions (n * K, act)."""
         if self.own is not None and last is None:
             self.own.begin(len(observation) // self.n)
-        return self.adapter.act(observation, last, explore)
+        action = self.adapter.act(observation, last, explore)
+        if self.own is not None and explore:
+            self.own.explored()
+        return action
 
     def update(self, episodes: dict) -> None:
         """The method's own, in the first round. Then a step of policy gradient."""
