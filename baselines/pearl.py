@@ -36,7 +36,7 @@ class Settings(settings_module.Settings):
     latent: int = within(5, 1, 1000, "*numbers in z")
     kl_weight: float = within(0.001, 0.0, 1e6, "*beta, of the divergence from the prior")
     trial_episodes: int = within(4, 1, 1000, "*K, episodes per training task and collection")
-    updates_per_step: float = within(0.1125, 1e-6, 100.0, "*gradient steps per environment step")
+    updates_per_step: float = within(0.225, 1e-6, 100.0, "*gradient steps per environment step")
     task_batch: int = within(32, 1, 65536, "transitions per task and gradient step")
     context_batch: int = within(128, 1, 65536, "N, transitions of a trial that z comes from")
     recent_trials: int = within(10, 1, 10_000, "latest trials of each task that give contexts")
