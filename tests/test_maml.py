@@ -187,6 +187,23 @@ def test_meta_test_takes_the_steps_of_meta_training_first():
             assert sizes["w1"].unique().item() == pytest.approx(0.1 if trained else 0.05)
 
 
+def test_without_a_scale_from_training_new_tasks_do_not_mix():
+    """Sparse rewards may leave no common scale. Then no task's step depends on another's rewards.
+    """
+    settings = dataclasses.replace(STEPS, advantage_scale="common", imitation_steps=0)
+    theta = init_policy(POINTS.family, settings, torch.Generator())
+    policy = {"theta": theta, "alpha": gmps.init_step_sizes(theta, settings), "scale": None}
+
+    def first_after(factor):
+        adapter = gmps.Adapter(policy, POINTS.family, settings)
+        adapter.begin(2, torch.Generator().manual_seed(3))
+        episodes = POINTS.rollout(adapter.act, task_set(POINTS.family, "train", 2), 4)
+        episodes["rewards"][4:] *= factor  # the second task's
+        adapter.update(episodes)
+        return {name: value[0] for name, value in adapter.actor.phi.items()}
+    assert same(first_after(1.0), first_after(100.0))
+
+
 # ---------------------------------------------------------------- the command
 def test_its_own_defaults_win_over_a_familys_and_give_way_to_options():
     """A family's settings and the paper's are for GMPS: MAML's own come before them."""
