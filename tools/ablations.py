@@ -226,11 +226,11 @@ def picture(tasks: list[str], path: Path) -> None:
         axis.set(title=task, xlabel="change of the return when it is undone")
         axis.tick_params(labelbottom=True)
         axis.grid(axis="x", alpha=0.3)
-    axis.set_xscale("symlog", linthresh=10)
-    ticks = [-300, -100, -30, -10, -5, 0, 5, 10]
-    axis.set_xticks(ticks, ticks)
-    axis.minorticks_off()
-    axes[0, 0].legend()
+    first, ticks = axes[0, 0], [-300, -100, -30, -10, -5, 0, 5, 10]
+    first.set_xscale("symlog", linthresh=10)  # all panels share it
+    first.set_xticks(ticks, ticks)
+    first.minorticks_off()
+    first.legend()
     save_figure(figure, path)
 
 

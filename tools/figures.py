@@ -289,8 +289,8 @@ def images(results: Path):
 
 def scratch(task: str, results: Path):
     """Env steps on one new task, learned alone or adapted to."""
-    names = ("scratch-sac", "scratch-pg")
-    runs = {name: seeds for name in names if (seeds := seeds_of(results, task, name, "long"))}
+    runs = {name: seeds for name in STYLES if base(name) == "scratch"
+            and (seeds := seeds_of(results, task, name, "long"))}
     if not runs:
         return None
     figure, axes, factors = panels(task)

@@ -81,13 +81,13 @@ class RecurrentPolicies:
         outputs, last = zip(*(policy(*part) for policy, *part in parts))
         return torch.cat(outputs), torch.cat(last)
 
-    def explored(self) -> None:
-        """Nothing: the adapter keeps what it saw, and no tanh bounds its actions."""
-
     def begin(self, K: int) -> None:
         """K episodes of each task begin."""
         self.adapter.memory = {name: value.repeat_interleave(K, 0)
                                for name, value in self.adapter.held.items()}
+
+    def explored(self) -> None:
+        """Nothing: the adapter keeps what it saw, and no tanh bounds its actions."""
 
     def gaussians(self, episodes: dict) -> tuple[torch.Tensor, ...]:
         """Mean and log-std of the actions, and the actions: (n * K, T, act)."""
