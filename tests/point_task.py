@@ -6,6 +6,7 @@ import gymnasium
 import numpy as np
 
 from envs import Environments
+from evaluate import by_round, evaluate, mean_of
 from tasks.base import GymnasiumFamily, TaskFamily
 from tests.conftest import make_problem
 
@@ -91,6 +92,23 @@ class PointEnvironments(Environments):
 
     def __call__(self, num_envs):
         return PointBatch(num_envs, self.family)
+
+
+def returns_by_round(adapter, rounds, episodes):
+    """Mean returns of mean actions on 20 new goals, before any episode and after each round."""
+    environments = PointEnvironments(CircleGoal())
+    goals = environments.family.sample_tasks(np.random.default_rng(1), 20)
+    lists = evaluate(environments, adapter, goals, rounds, episodes, seed=0).lists
+    return [mean_of(entries, "return") for entries in by_round(lists["held_out"])]
+
+
+def misled(kind):
+    """The class of an adapter, but rewards of its episodes are shuffled among steps and tasks."""
+    class Misled(kind):
+        def update(self, episodes):
+            shuffled = np.random.default_rng(0).permutation(episodes["rewards"].ravel())
+            super().update(episodes | {"rewards": shuffled.reshape(episodes["rewards"].shape)})
+    return Misled
 
 
 def point_problem(count, meta_test=None):

@@ -47,13 +47,13 @@ def test_methods_and_seeds_in_order(results):
                    "gmps-paper"):
         put(results, f"push/{method}/seed0", result([1, 2, 3]))
     for seed in (10, 2):
-        put(results, f"push/gmps/seed{seed}", result([1, 2, 3]) | {"seed": seed})
-    put(results, "push/gmps/seed2/few", result([1, 2, 3]) | {"seed": "few"})
+        put(results, f"push/gmps/seed{seed}", result([1, 2, 3]))
+    put(results, "push/gmps/seed2/few", result([1, 2, 3]) | {"seed": 7})
     found = figures.found(results, "push")
     assert list(found) == ["gmps", "pearl", "pearl-relabelled", "zebra"]
-    assert [seed.get("seed") for seed in found["gmps"]] == [None, 2, 10]
+    assert [seed["seed"] for seed in found["gmps"]] == [0, 2, 10]
     few = figures.found(results, "push", "few")
-    assert [[seed["seed"] for seed in seeds] for seeds in few.values()] == [["few"]]
+    assert [[seed["seed"] for seed in seeds] for seeds in few.values()] == [[2]]
     assert figures.found(results, "ant") == {}
     label = figures.style("pearl-relabelled")["label"]
     assert label == "PEARL, relabelled" and figures.style("zebra-x")["label"] == "zebra, x"
@@ -77,6 +77,7 @@ def test_held_out_goals_against_test_episodes():
 def test_the_steps_that_count():
     """The first point within one standard error of the best; alone, a seed's best point."""
     assert figures.counted_point(np.array([[1.0, 5.0, 4.0, 5.5, 5.2]])) == 3
+    assert figures.counted_point(np.array([[1.0, 5.0, 4.0, 4.5, 4.2]])) == 1
     # Means 1, 5, 6; at the best point the standard error is std(5, 7) / sqrt(2) = 1.
     values = np.array([[1.0, 5.0, 5.0], [1.0, 5.0, 7.0]])
     assert figures.counted_point(values) == 1
@@ -128,6 +129,42 @@ def test_only_figures_whose_results_exist_are_drawn(results, capsys):
     assert sorted(path for path in results.rglob("*.json")) == before
     for name in drawn:
         assert Image.open(results / "figures" / name).width > 1000
+
+
+def test_what_is_drawn_against_training_steps(results):
+    """Lines are the curves; the filled point is held out, after one round; who ended by its budget.
+
+    Ended: the steps that count are in the last third of the curve. Of five points: the last two.
+    """
+    steps = (100, 200, 300, 400, 500)
+    for method, best in (("maml", 2), ("rl2", 3), ("incontext", 4)):
+        returns = [5 + 4 * (k == best) for k in range(5)]
+        put(results, f"push/{method}/seed0", result(returns, steps=steps))
+    figure = figures.against_training("push", results)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["experts, told the goal", "MAML", "RL² (ended by its budget)", "incontext"]
+    lines = [(line.get_xdata(), line.get_ydata()) for line in figure.axes[0].lines[1:]]
+    curve, counted, held_out = ([np.ravel(part).tolist() for part in line] for line in lines[:3])
+    assert curve == [list(steps), [5, 5, 9, 5, 5]] and counted == [[300], [9]]
+    assert held_out == [[400], [6]], "goals return 1 and 11 after one round"
+    figures.pyplot().close(figure)
+
+
+def test_what_is_drawn_against_test_episodes(results):
+    """A method without gradient: every episode of few/, then whole rounds. GMPS: both, apart."""
+    for method in ("gmps", "pearl"):
+        put(results, f"push/{method}/seed0", result([5]))
+        put(results, f"push/{method}/seed0/few", result([5], episodes=2, rounds=5))
+    put(results, "push/pearl/seed1", result([5], goals=1, rounds=3))  # no few/: not in that line
+    figure = figures.against_experience("push", results)
+    lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
+    labels = [line.get_label() for line in figure.axes[0].lines]
+    assert lines["GMPS"] == [0, 10, 20, 30]
+    assert lines["GMPS, in small rounds"] == [0, 2, 4, 6, 8, 10]
+    assert labels.count("PEARL") == 1 and lines["PEARL"] == [0, 2, 4, 6, 8, 10, 20, 30]
+    returns = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert returns["PEARL"] == [5, 6, 7, 8, 9, 10, 7, 8]
+    figures.pyplot().close(figure)
 
 
 def test_the_other_figures(results):

@@ -94,21 +94,26 @@ def test_noise_is_known_where_tanh_hides_it():
 
 @KINDS
 def test_loss_and_step_by_hand(kind):
-    """With torch.distributions, and noise of one step. Adam's first step has the size of its rate.
+    """With torch.distributions, noise of one step, two episodes that end early: their later steps
+    count nowhere. Adam's first step has the size of its rate.
     """
     adapter, episodes = begun(kind)
+    episodes["mask"][[1, 9], 6:] = 0
     adapter.adapter.settings = dataclasses.replace(adapter.adapter.settings,
                                                    expert_noise_correlation=0.0)
     mean, log_std, action = adapter.own.gaussians(episodes)
     log_p = torch.distributions.Normal(mean, log_std.exp().expand(mean.shape)).log_prob(action)
     log_p = log_p.sum(-1).view(3, 6, 10)
-    seen, reward = (torch.as_tensor(values, dtype=torch.float32).unflatten(0, (3, 6))
-                    for values in (episodes["observations"][:, :-1], episodes["rewards"]))
-    advantage = advantages(seen, reward, torch.ones_like(reward), adapter.adapter.settings)
+    seen, reward, mask = (torch.as_tensor(values, dtype=torch.float32).unflatten(0, (3, 6))
+                          for values in (episodes["observations"][:, :-1], episodes["rewards"],
+                                         episodes["mask"]))
+    advantage = advantages(seen, reward, mask, adapter.adapter.settings)
     loss = adapter.loss(episodes)
     for i in range(3):
-        size = advantage[i].square().mean().sqrt()
-        assert torch.allclose(loss[i], -(log_p[i] * advantage[i] / size).mean(), rtol=1e-4)
+        counts = mask[i].bool()
+        own = advantage[i][counts]
+        size = own.square().mean().sqrt()
+        assert torch.allclose(loss[i], -(log_p[i][counts] * own / size).mean(), rtol=1e-4)
     gradients = torch.autograd.grad(loss.sum(), adapter.own.parameters)
     before = [p.detach().clone() for p in adapter.own.parameters]
     adapter.update(episodes)

@@ -209,12 +209,12 @@ def picture(tasks: list[str], path: Path) -> None:
     """All effects on the return after one and three steps: a bar is the mean, a dot a seed."""
     shown = {task: [effects(task, "return", k) for k in (1, 3)] for task in tasks}
     heights = [1 + len(first) for first, _ in shown.values()]
-    figure, axes = pyplot().subplots(len(tasks), 1, figsize=(8, 1 + 0.26 * sum(heights)),
+    figure, axes = pyplot().subplots(len(tasks), 1, figsize=(10, 1.5 + 0.36 * sum(heights)),
                                      height_ratios=heights, squeeze=False, sharex=True,
                                      layout="constrained")
     for (task, parts), axis in zip(shown.items(), axes[:, 0]):
         names = sorted(parts[0], key=lambda name: -parts[0][name].mean())
-        for part, shift, color, label in zip(parts, (0.2, -0.2), ("tab:orange", "tab:blue"),
+        for part, shift, color, label in zip(parts, (0.2, -0.2), ("#D55E00", "#0072B2"),
                                              ("after 1 step", "after 3 steps")):
             rows = np.arange(len(names)) + shift
             axis.barh(rows, [part[name].mean() for name in names], 0.38, color=color, alpha=0.5,
@@ -223,7 +223,8 @@ def picture(tasks: list[str], path: Path) -> None:
                 axis.plot(part[name], np.full(len(part[name]), row), ".", color=color)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set_yticks(np.arange(len(names)), names)
-        axis.set(title=task, xlabel="change of the return when it is undone")
+        axis.set(title=task, xlabel="change of the return when it is undone "
+                                    "(beyond 10: logarithmic axis)")
         axis.tick_params(labelbottom=True)
         axis.grid(axis="x", alpha=0.3)
     first, ticks = axes[0, 0], [-300, -100, -30, -10, -5, 0, 5, 10]

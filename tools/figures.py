@@ -3,10 +3,11 @@
     python tools/figures.py    # draws those whose results are there, and prints what they show
 
 They read results/TASK/METHOD/seedS/result.json and further evaluations of the same policies in
-folders beside it: few/ (5 episodes a round), outside/ (the ant's goals outside the arc), long/
+folders beside it: few/ (small rounds), outside/ (the ant's goals outside the arc), long/
 (scratch, many rounds). docs/comparisons.md has every command. A variant of a method has a folder of
 its own, named METHOD-VARIANT. The pictures go to results/figures/.
 """
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from tasks import load
 from tools import ablations
 from tools.intervals import FEW, interval
 from tools.pictures import pyplot, save_figure
-from tools.tables import by_seed, training_steps
+from tools.tables import training_steps
 
 # Method: name, colour (Okabe and Ito's palette, told apart by the colour-blind), marker.
 STYLES = {
@@ -35,7 +36,7 @@ STYLES = {
 VARIANTS = {"fixed": (", fixed step size", "p"), "relabelled": (", relabelled", "<"),
             "finetuned": (", then gradient steps", ">")}
 BY_GRADIENT = ("gmps", "maml", "multitask")  # small rounds give them a worse gradient
-NEAR = {"push": (0.03, 0.02), "ant": (0.5,)}  # final distances that `verdicts` asks about
+NEAR = {"push": (0.03, 0.02), "ant": (0.5, 0.3)}  # final distances that `verdicts` asks about
 REWARD_ALONE = ("maml", "rl2", "pearl")  # their training ends where it is flat, or by its budget
 ENDED = " (ended by its budget)"
 MEASURES = ("return", "final_distance")
@@ -45,8 +46,14 @@ LOOK = {"font.size": 13, "lines.linewidth": 2.2, "lines.markersize": 7, "axes.gr
 
 # ---------------------------------------------------------------- reading
 def seeds_of(results: Path, task: str, method: str, part: str = "") -> list[dict]:
-    """result.json of every seed, in order; of an evaluation beside it if `part` names one."""
-    return by_seed(results, str(Path(task, method, "seed*", part, "result.json")))
+    """result.json of every seed, in order; of an evaluation beside it if `part` names one.
+
+    "seed" is that of training: an evaluation has one of its own.
+    """
+    files = {int(folder.name.removeprefix("seed")): folder / part / "result.json"
+             for folder in (results / task / method).glob("seed*")}
+    return [json.loads(file.read_text()) | {"seed": seed}
+            for seed, file in sorted(files.items()) if file.exists()]
 
 
 def found(results: Path, task: str, part: str = "") -> dict[str, list[dict]]:
@@ -73,6 +80,14 @@ def against_episodes(seeds: list[dict], key: str) -> tuple[np.ndarray, np.ndarra
     P = min(map(len, rounds))
     x = np.array([entries[0]["adaptation_episodes"] for entries in rounds[0][:P]])
     return x, np.array([[mean_of(entries, key) for entries in seed[:P]] for seed in rounds])
+
+
+def small_then_whole(few: list[dict], seeds: list[dict], key: str) -> tuple[np.ndarray, ...]:
+    """As `against_episodes`: few/ as far as it goes, then whole rounds of the same seeds."""
+    x, values = against_episodes(few, key)
+    numbers = [part["seed"] for part in few]
+    later, more = against_episodes([seed for seed in seeds if seed["seed"] in numbers], key)
+    return np.append(x, later[later > x[-1]]), np.hstack([values, more[:, later > x[-1]]])
 
 
 def against_steps(seeds: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -114,13 +129,15 @@ def style(method: str) -> dict:
     if variant:
         more, marker = VARIANTS.get(variant, (f", {variant}", marker))
         label += more
-    return {"label": label, "color": color, "marker": marker, "linestyle": "--" if variant else "-",
-            "zorder": 4 if name == "gmps" else 3}
+    look = {"label": label, "color": color, "marker": marker,
+            "linestyle": "--" if variant else "-"}
+    return look | ({"zorder": 4, "linewidth": 4} if name == "gmps" else {"zorder": 3})
 
 
 def in_few_rounds(look: dict) -> dict:
     """How few/ looks beside the same policies in whole rounds."""
-    return look | {"label": look["label"] + ", 5 episodes a round", "linestyle": "-."}
+    return look | {"label": look["label"] + ", in small rounds", "linestyle": "-.",
+                   "linewidth": LOOK["lines.linewidth"], "markersize": 4}
 
 
 def draw(axis, x, values: np.ndarray, **look) -> None:
@@ -193,17 +210,18 @@ def draw_steps(axes, factors, runs: dict) -> None:
 def draw_episodes(axes, factors, runs: dict, few: dict) -> None:
     """Held-out tasks against test episodes, up to five whole rounds.
 
-    Those that adapt by gradient are drawn in whole rounds and, where measured, in rounds of 5. The
-    others use every episode as it comes: they are drawn in rounds of 5 where measured.
+    few/, where measured: of those that adapt by gradient a line of its own, since small rounds give
+    them another gradient; of others, which use every episode as it comes, the line's beginning.
     """
     for method, seeds in runs.items():
         look, last = style(method), 5 * seeds[0]["settings"]["test_episodes"]
-        parts = [(few.get(method, seeds), look)]
-        if method in few and base(method) in BY_GRADIENT:
-            parts = [(seeds, look), (few[method], in_few_rounds(look) | {"markersize": 4})]
-        for part, own_look in parts:
-            for axis, key, factor in zip(axes, MEASURES, factors):
-                x, values = against_episodes(part, key)
+        for axis, key, factor in zip(axes, MEASURES, factors):
+            lines = [(*against_episodes(seeds, key), look)]
+            if method in few and base(method) in BY_GRADIENT:
+                lines += [(*against_episodes(few[method], key), in_few_rounds(look))]
+            elif method in few:
+                lines = [(*small_then_whole(few[method], seeds, key), look)]
+            for x, values, own_look in lines:
                 draw(axis, x[x <= last], factor * values[:, x <= last], **own_look)
     for axis in axes:
         axis.set_xlabel("episodes of the new task")
@@ -248,8 +266,9 @@ def outside(results: Path):
         for method, seeds in runs.items():
             x, _ = against_episodes(seeds, key)
             means = [[values for _, values in band_means(family, seed, key)] for seed in seeds]
+            marked = [k for k in (0, 1, 2, 4, 8, 16) if k < len(x)]  # evenly spaced on this axis
             for axis, values in zip(row, np.moveaxis(factor * np.array(means), 1, 0)):
-                draw(axis, x, values, **style(method) | {"markersize": 4})
+                draw(axis, x, values, **style(method) | {"markevery": marked})
                 axis.set_xscale("symlog", linthresh=x[1], linscale=0.4)
                 axis.set_xticks([0, x[1], x[-1]], [0, x[1], x[-1]])
                 axis.minorticks_off()
@@ -363,11 +382,11 @@ def main(results: Path = ROOT / "results") -> None:
                 continue
             out.mkdir(parents=True, exist_ok=True)
             save_figure(figure, out / f"{name}.png")
-    if undone := ablations.measured():
-        out.mkdir(parents=True, exist_ok=True)
-        ablations.picture(undone, out / "ablations.png")
-    else:
-        print("ablations: no results yet")
+        if undone := ablations.measured():
+            out.mkdir(parents=True, exist_ok=True)
+            ablations.picture(undone, out / "ablations.png")
+        else:
+            print("ablations: no results yet")
     print("\n".join(line for task in ("push", "ant") for line in verdicts(task, results)))
 
 

@@ -95,7 +95,10 @@ def table(task: str, results: list[dict]) -> str:
 
 
 def summary(folder: Path, rivals: bool = False) -> str:
-    """A row for every task and variant of GMPS that has results; or for GMPS and its `rivals`."""
+    """A row for every task and variant of GMPS that has results; or for GMPS and its `rivals`.
+
+    Rivals: with the interval over seeds, or every seed, after one round.
+    """
     what = "round" if rivals else "step"  # a round of a rival may hold no gradient step, or many
     rows = [["task", "method", "seeds", "before", f"1 {what}", f"3 {what}s", "experts",
              "env steps", "wall time"]]
@@ -112,8 +115,8 @@ def summary(folder: Path, rivals: bool = False) -> str:
             def distance(name, k=None, seeds=seeds):
                 if not all(seed.get(name) for seed in seeds):
                     return "-"
-                means = seed_means(seeds, name, "final_distance", k)
-                return f"{factor * means.mean():.{digits}f}"
+                means = factor * seed_means(seeds, name, "final_distance", k)
+                return spread(means, digits) if rivals and k == 1 else f"{means.mean():.{digits}f}"
             rows.append([f"{task} ({unit})", method, str(len(seeds)),
                          *(distance("held_out", k) for k in (0, 1, 3)),
                          distance("experts_held_out"), f"{training_steps(seeds):,.0f}",
