@@ -42,6 +42,7 @@ class Settings(settings_module.Settings):
     recent_trials: int = within(10, 1, 10_000, "latest trials of each task that give contexts")
     relabelled: float = within(0.0, 0.0, 1.0, "share of transitions and contexts that is other "
                                "tasks', with this task's rewards [ours]; 0 without outcome_size")
+    quick = dict(updates_per_step=0.02)
 
 
 # ---------------------------------------------------------------- the algorithm

@@ -44,6 +44,7 @@ class Settings(recurrent.Settings):
     minibatches: int = settings_module.within(4, 1, 10_000, "gradient steps per pass")
     clip: float = settings_module.within(0.2, 1e-3, 10.0, "*epsilon of PPO")
     entropy_weight: float = settings_module.within(1e-3, 0.0, 10.0, "of PPO's entropy bonus")
+    quick = recurrent.Settings.quick | dict(epochs=2)
 
 
 def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
