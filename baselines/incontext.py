@@ -52,7 +52,7 @@ class Settings(recurrent.Settings):
 
 
 def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tuple[dict, dict]]:
-    """The whole algorithm. Yields after every iteration.
+    """Algorithm 3.1, with its lines counted from 1. Yields after every iteration.
 
     FloatingPointError when a gradient is no longer finite.
     """
@@ -66,20 +66,20 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
     student = Policy(family, settings, generator)
     learner = Learner(problem, settings, {"policy": student}, state)
     training = None if state is None else state["training"]
-    trials = {} if training is None else dict(training["trials"])
-    while learner.begin():
-        # Roll in: the expert acts in the first iteration, then the student.
+    trials = {} if training is None else dict(training["trials"])                 # lines 1, 2
+    while learner.begin():                                                        # 3
+        # Roll in: the expert acts in the first iteration, then the student.      # 4, 5
         agent, played = learner.agent(), []
         acts = who_acts(learner, agent, experts, problem)
         for number, (steps, episodes) in enumerate(
                 play_trials(agent, problem, settings, learner.generator, acts)):
             learner.count(number, episodes)
             played.append((steps, episodes))
-        # Label every state that was visited with the action of the task's expert; aggregate.
+        # Label every state that was visited with the task's expert; aggregate.   # 6, 7
         trials = aggregated(trials, labelled(played, experts, problem, settings))
         for shift in other_tasks(learner, problem):
             trials = aggregated(trials, labelled(played, experts, problem, settings, shift))
-        # Imitate the labels of all trials so far.
+        # Imitate the labels of all trials so far.                                # 8
         for _ in range(settings.meta_steps):
             which = learner.rng.integers(len(trials["mask"]), size=settings.trial_batch)
             batch = some_trials(trials, which, problem.device)

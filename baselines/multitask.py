@@ -1,9 +1,9 @@
 """Multi-task imitation: one policy that imitates all experts, then policy gradient at test time.
 
-It is guided meta-policy search without step 3: the same experts, the demonstrations of step 2, the
-same policy, `imitation_steps` steps of imitation. Nothing has taught it to adapt. So one step size,
-the same for all parameters that adapt, takes the place of the learned ones. Each task's advantages
-are divided by their own size.
+It is guided meta-policy search (Mendonca et al. 2019) without step 3: the same experts, the
+demonstrations of step 2, the same policy, `imitation_steps` steps of imitation. Nothing has taught
+it to adapt. So one step size, the same for all parameters that adapt, takes the place of the
+learned ones. Each task's advantages are divided by their own size.
 """
 import dataclasses
 from collections.abc import Iterator

@@ -1,8 +1,9 @@
 """Reinforcement learning from scratch: every test task is learned alone, from random weights.
 
 There is no meta-training. After each round a task's learner takes what that task's own episodes
-paid, and nothing else. `learner` chooses it: "sac", the soft actor-critic of sac.py, off-policy, on
-a replay that grows; or "pg", policy gradient on the inner loss of gmps.py, on the last round alone.
+paid, and nothing else. `learner` chooses it: "sac", the soft actor-critic of sac.py (Haarnoja et
+al. 2018), off-policy, on a replay that grows; or "pg", policy gradient (Sutton et al. 2000) on the
+inner loss of gmps.py, on the last round alone. Their equations are labelled there.
 All tasks learn side by side, in one batch of networks that share no number.
 
 It takes many rounds, so train (which is nothing) and then adapt for long:
