@@ -32,9 +32,11 @@ STYLES = {
     "regress": ("regress", "#999999", "X"),
     "scratch-sac": ("soft actor-critic from scratch", "#000000", "*"),
     "scratch-pg": ("policy gradient from scratch", "#56B4E9", "P")}
-# Variant: what its label adds, marker. It is dashed, in its method's colour.
-VARIANTS = {"fixed": (", fixed step size", "p"), "relabelled": (", relabelled", "<"),
-            "finetuned": (", then gradient steps", ">")}
+# Variant: what its label adds, marker, line. It has its method's colour.
+VARIANTS = {"fixed": (", fixed step size", "p", "--"), "halved": (", half the updates", "d", "--"),
+            "relabelled": (", relabelled", "<", ":"),
+            "demonstrations": (", from demonstrations alone", "<", "--"),
+            "finetuned": (", then gradient steps", ">", "--")}
 BY_GRADIENT = ("gmps", "maml", "multitask")  # small rounds give them a worse gradient
 NEAR = {"push": (0.03, 0.02), "ant": (0.5, 0.3)}  # final distances that `verdicts` asks about
 REWARD_ALONE = ("maml", "rl2", "pearl")  # their training ends where it is flat, or by its budget
@@ -123,14 +125,13 @@ def counted_point(values: np.ndarray) -> int:
 
 # ---------------------------------------------------------------- drawing
 def style(method: str) -> dict:
-    """Label, colour, marker; a variant is dashed."""
+    """Label, colour, marker, line."""
     name, variant = (method, "") if method in STYLES else method.partition("-")[::2]
-    label, color, marker = STYLES.get(name, (name, "#999999", "."))
+    (label, color, marker), line = STYLES.get(name, (name, "#999999", ".")), "-"
     if variant:
-        more, marker = VARIANTS.get(variant, (f", {variant}", marker))
+        more, marker, line = VARIANTS.get(variant, (f", {variant}", marker, "--"))
         label += more
-    look = {"label": label, "color": color, "marker": marker,
-            "linestyle": "--" if variant else "-"}
+    look = {"label": label, "color": color, "marker": marker, "linestyle": line}
     return look | ({"zorder": 4, "linewidth": 4} if name == "gmps" else {"zorder": 3})
 
 
