@@ -183,7 +183,7 @@ def choose_settings(options, task: str, seed: int,
         own = set() if kind is settings_module.Settings else inspect.get_annotations(kind).keys()
         paper = settings_module.PAPER | family.paper_settings if options.preset == "paper" else {}
         preset = {name: value for name, value in (family.settings | paper).items()
-                  if name not in own}
+                  if name not in own} | kind.on_task.get(task, {})
         if options.experts == "local":
             preset |= family.local_settings
         if options.quick:

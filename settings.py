@@ -126,7 +126,9 @@ class Settings:
     pre_update_tasks: int = within(
         0, 0, 1000, "the pre-update policy imitates this many tasks, the last ones; 0: all [ours]")
 
-    quick = {}  # not a setting: what --quick changes beside QUICK; a method's own class may
+    # Not settings, but changes that a method's own class may name:
+    quick = {}    # what --quick changes beside QUICK
+    on_task = {}  # {task: what is the default there}, beside what the task's family says
 
     def __post_init__(self):
         for spec in dataclasses.fields(self):
@@ -168,7 +170,8 @@ GROUPS = {"preset": "Run", "expert_iterations": "Experts: soft actor-critic",
 def help_text(kind: type = Settings) -> str:
     """Settings of a Settings class, a line each, grouped. Its own come last."""
     lines = ["settings, for --set NAME=VALUE (* a fork usually changes these first).",
-             "A task may have other defaults: see its file in tasks/, or settings.json of a run."]
+             "A task may have other defaults: see its file in tasks/, `on_task` in the method's "
+             "file, or settings.json of a run."]
     known = {spec.name for spec in dataclasses.fields(Settings)}
     for spec in dataclasses.fields(kind):
         if spec.name in GROUPS:

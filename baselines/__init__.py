@@ -39,7 +39,8 @@ A method is a module with three names:
 
 `Settings`
     settings.Settings itself (import it), or a subclass with further settings for --set. The dict
-    `quick` of that class says which of them --quick changes.
+    `quick` of that class says which of them --quick changes; `on_task`, {task: {name: value}},
+    which have another default on a task.
 """
 import importlib
 

@@ -53,7 +53,7 @@ class Settings(settings_module.Settings):
     meta_batch: int = within(20, 1, 1000, "tasks per iteration, at most all")
     init_std: float = within(1.0, 1e-3, 10.0, "exploration noise at the start")
     noise_hold: int = within(
-        1, 1, 1000, "time steps that exploration noise is held for; set 8 for the ant [ours]")
+        1, 1, 1000, "time steps that exploration noise is held for [ours: 8 on the ant]")
     init_step_size: float = within(0.3, 0.0, 10.0, "*alpha at the start [MAML: 0.1]")
     later_steps: float = within(
         0.5, 0.0, 1.0, "*at meta-test, factor on alpha's positive part in untrained steps [MAML]")
@@ -73,6 +73,7 @@ class Settings(settings_module.Settings):
     damping: float = within(1e-5, 0.0, 10.0, "added to the Fisher matrix's diagonal")
     backtracks: int = within(15, 1, 1000, "step lengths that the line search tries at most")
     backtrack_ratio: float = within(0.8, 0.01, 0.99, "from one of these lengths to the next")
+    on_task = dict(ant=dict(collections=63, noise_hold=8), door=dict(collections=31))
 
 
 # ---------------------------------------------------------------- the algorithm

@@ -43,6 +43,7 @@ class Settings(settings_module.Settings):
     relabelled: float = within(0.0, 0.0, 1.0, "share of transitions and contexts that is other "
                                "tasks', with this task's rewards [ours]; 0 without outcome_size")
     quick = dict(updates_per_step=0.02)
+    on_task = dict(ant=dict(collections=47), door=dict(collections=38))
 
 
 # ---------------------------------------------------------------- the algorithm

@@ -206,17 +206,22 @@ def test_without_a_scale_from_training_new_tasks_do_not_mix():
 
 # ---------------------------------------------------------------- the command
 def test_its_own_defaults_win_over_a_familys_and_give_way_to_options():
-    """A family's settings and the paper's are for GMPS: MAML's own come before them."""
+    """A family's settings and the paper's are for GMPS: MAML's own come before them.
+
+    So do those that it has on the ant and on the door.
+    """
     def chosen(*arguments):
         options = run.parse(["--method", "maml", *arguments])
         return run.choose_settings(options, options.task, 0)
     ant, door = chosen("--task", "ant"), chosen("--task", "door")
-    assert (ant.episodes, ant.meta_batch, ant.collections) == (20, 20, 125)
-    assert (ant.noise_hold, ant.discount) == (1, 0.99)
-    assert (door.collections, door.later_steps, door.experts) == (125, 0.5, "scripted")
-    assert chosen("--task", "ant", "--quick", "--set", "inner_steps=2").episodes == 4
+    assert (ant.episodes, ant.meta_batch, ant.collections) == (20, 20, 63)
+    assert (ant.noise_hold, ant.discount) == (8, 0.99)
+    assert (chosen().collections, chosen().noise_hold) == (125, 1)
+    assert (door.collections, door.later_steps, door.experts) == (31, 0.5, "scripted")
+    quick = chosen("--task", "ant", "--quick", "--set", "noise_hold=3")
+    assert (quick.episodes, quick.collections, quick.noise_hold) == (4, 2, 3)
     paper = chosen("--task", "ant", "--preset", "paper")
-    assert (paper.episodes, paper.collections, paper.noise) == (20, 125, "independent")
+    assert (paper.episodes, paper.collections, paper.noise) == (20, 63, "independent")
     assert chosen("--set", "episodes=7").episodes == 7
     options = run.parse(["--task", "ant"])
     assert run.choose_settings(options, "ant", 0).episodes == 50, "GMPS's own"
