@@ -178,8 +178,8 @@ def choose_settings(options, task: str, seed: int,
                  "reward": family.reward}
         if options.experts is not None:
             given["experts"] = options.experts
-        # Later ones win: family, --preset, local experts, --quick, --set, options. The first two
-        # are for GMPS: where a method's class gives a setting its own default, that one wins.
+        # Later ones win: family, --preset, the method's `on_task`, local experts, --quick, --set,
+        # options. The first two are for GMPS: a default of the method's own class comes before.
         own = set() if kind is settings_module.Settings else inspect.get_annotations(kind).keys()
         paper = settings_module.PAPER | family.paper_settings if options.preset == "paper" else {}
         preset = {name: value for name, value in (family.settings | paper).items()

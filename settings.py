@@ -128,7 +128,7 @@ class Settings:
 
     # Not settings, but changes that a method's own class may name:
     quick = {}    # what --quick changes beside QUICK
-    on_task = {}  # {task: what is the default there}, beside what the task's family says
+    on_task = {}  # {task: what is the default there}; it wins over the task's family
 
     def __post_init__(self):
         for spec in dataclasses.fields(self):

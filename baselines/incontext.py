@@ -76,7 +76,7 @@ def train(problem, settings: Settings, state: dict | None = None) -> Iterator[tu
                 play_trials(agent, problem, settings, learner.generator, acts)):
             learner.count(number, episodes)
             played.append((steps, episodes))
-        # Label every state that was visited with the task's expert; aggregate.   # 6, 7
+        # The task's expert labels every state that was visited; aggregate.       # 6, 7
         trials = aggregated(trials, labelled(played, experts, problem, settings))
         for shift in other_tasks(learner, problem):
             trials = aggregated(trials, labelled(played, experts, problem, settings, shift))

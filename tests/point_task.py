@@ -94,11 +94,14 @@ class PointEnvironments(Environments):
         return PointBatch(num_envs, self.family)
 
 
-def returns_by_round(adapter, rounds, episodes):
-    """Mean returns of mean actions on 20 new goals, before any episode and after each round."""
-    environments = PointEnvironments(CircleGoal())
-    goals = environments.family.sample_tasks(np.random.default_rng(1), 20)
-    lists = evaluate(environments, adapter, goals, rounds, episodes, seed=0).lists
+def new_goals(seed, count):
+    """Goals on the circle, (count, 2), that nobody trains on."""
+    return CircleGoal().sample_tasks(np.random.default_rng(seed), count)
+
+
+def returns_by_round(adapter, rounds, episodes, goals):
+    """Mean returns of mean actions on `goals`, before any episode and after each round."""
+    lists = evaluate(PointEnvironments(CircleGoal()), adapter, goals, rounds, episodes, 0).lists
     return [mean_of(entries, "return") for entries in by_round(lists["held_out"])]
 
 

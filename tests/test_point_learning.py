@@ -8,7 +8,9 @@ import pytest
 
 from baselines import multitask, oracle, pearl, regress
 from local_policies import Demonstrations
-from tests.point_task import CircleGoal, misled, point_problem, returns_by_round
+from tests.point_task import CircleGoal, misled, new_goals, point_problem, returns_by_round
+
+GOALS = new_goals(1, 20)
 
 
 @pytest.mark.slow
@@ -18,10 +20,11 @@ def test_the_posterior_finds_the_hidden_goal():
                               updates_per_step=0.3)
     met = []
     list(pearl.train(point_problem(20, met.append), settings))
-    policy = {"encoder": met[0].encoder, "actor": met[0].actor}
-    prior, after = returns_by_round(met[0], 1, 6)
+    prior, after = returns_by_round(met[0], 1, 6, GOALS)
     assert prior < -8 and after > -4, (prior, after)
-    after = returns_by_round(misled(pearl.Adapter)(policy, CircleGoal(), settings), 1, 6)[1]
+    policy = {"encoder": met[0].encoder, "actor": met[0].actor}
+    adapter = misled(pearl.Adapter)(policy, CircleGoal(), settings)
+    after = returns_by_round(adapter, 1, 6, GOALS)[1]
     assert after < -7, after
 
 
@@ -32,10 +35,10 @@ def test_policy_gradient_after_imitation_finds_the_hidden_goal():
     problem = point_problem(20, met.append)
     problem.demonstrate = lambda experts: Demonstrations(states, experts(states, problem.tasks))
     list(multitask.train(problem, settings))
-    returns = returns_by_round(met[0], 5, 20)
+    returns = returns_by_round(met[0], 5, 20, GOALS)
     assert returns[0] < -8 and returns[1] > returns[0] + 1 and returns[5] > -4, returns
-    policy = {"theta": met[0].theta}
-    returns = returns_by_round(misled(multitask.Adapter)(policy, CircleGoal(), settings), 5, 20)
+    adapter = misled(multitask.Adapter)({"theta": met[0].theta}, CircleGoal(), settings)
+    returns = returns_by_round(adapter, 5, 20, GOALS)
     assert max(returns) < -8, returns
 
 
@@ -45,8 +48,9 @@ def test_regression_finds_the_hidden_goal(monkeypatch):
     settings = regress.Settings(experts="scripted")
     met = []
     list(regress.train(point_problem(20, met.append), settings))
-    before, after = returns_by_round(met[0], 1, 1)
+    before, after = returns_by_round(met[0], 1, 1, GOALS)
     assert before < -8 and after > -1.5, (before, after)
     policy = oracle.told_experts(CircleGoal().expert, point_problem(20).tasks)
-    after = returns_by_round(misled(regress.Adapter)(policy, CircleGoal(), settings), 1, 1)[1]
+    adapter = misled(regress.Adapter)(policy, CircleGoal(), settings)
+    after = returns_by_round(adapter, 1, 1, GOALS)[1]
     assert after < -5, after

@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from baselines import recurrent, rl2
-from evaluate import by_round, evaluate, mean_of
 from policy import detached
 from tests.conftest import FRAGILE, PUSH, finite_difference, make_problem, relative_error
-from tests.point_task import CircleGoal, PointBatch, PointEnvironments, point_problem
+from tests.point_task import (
+    CircleGoal,
+    PointBatch,
+    new_goals,
+    point_problem,
+    returns_by_round,
+)
 from tests.test_recurrent import FEW, POINT, make_agent, numpy_gru, play
 
 SETTINGS = rl2.Settings(hidden=6, memory=5, trial_episodes=3, trials=2,
@@ -231,7 +236,7 @@ def test_every_epoch_sees_every_trial_once(monkeypatch):
 # ---------------------------------------------------------------- what is learned
 LEARN = rl2.Settings(hidden=32, memory=32, trial_episodes=2, trials=10, iterations=150,
                      expert_reward_scale=1.0)
-GOALS = CircleGoal().sample_tasks(np.random.default_rng(5), 40)  # none of them is trained on
+GOALS = new_goals(5, 40)
 
 
 class Shuffled(recurrent.Adapter):
@@ -249,8 +254,7 @@ class Shuffled(recurrent.Adapter):
 
 def first_and_second(adapter):
     """Mean returns of mean actions in the first and in the second episode, on new goals."""
-    lists = evaluate(PointEnvironments(CircleGoal()), adapter, GOALS, 1, 1, seed=0).lists
-    return [mean_of(entries, "return") for entries in by_round(lists["held_out"])]
+    return returns_by_round(adapter, 1, 1, GOALS)
 
 
 def learned(method, settings, count=20):

@@ -7,7 +7,6 @@ folders beside it: few/ (small rounds), outside/ (the ant's goals outside the ar
 (scratch, many rounds). docs/comparisons.md has every command. A variant of a method has a folder of
 its own, named METHOD-VARIANT. The pictures go to results/figures/.
 """
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from tasks import load
 from tools import ablations
 from tools.intervals import FEW, interval
 from tools.pictures import pyplot, save_figure
-from tools.tables import training_steps
+from tools.tables import by_seed, training_steps
 
 # Method: name, colour (Okabe and Ito's palette, told apart by the colour-blind), marker.
 STYLES = {
@@ -48,14 +47,8 @@ LOOK = {"font.size": 13, "lines.linewidth": 2.2, "lines.markersize": 7, "axes.gr
 
 # ---------------------------------------------------------------- reading
 def seeds_of(results: Path, task: str, method: str, part: str = "") -> list[dict]:
-    """result.json of every seed, in order; of an evaluation beside it if `part` names one.
-
-    "seed" is that of training: an evaluation has one of its own.
-    """
-    files = {int(folder.name.removeprefix("seed")): folder / part / "result.json"
-             for folder in (results / task / method).glob("seed*")}
-    return [json.loads(file.read_text()) | {"seed": seed}
-            for seed, file in sorted(files.items()) if file.exists()]
+    """result.json of every seed, in order; of an evaluation beside it if `part` names one."""
+    return by_seed(results, str(Path(task, method, "seed*", part, "result.json")))
 
 
 def found(results: Path, task: str, part: str = "") -> dict[str, list[dict]]:

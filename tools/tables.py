@@ -37,10 +37,14 @@ def results(folder: Path, pattern: str) -> list[dict]:
 
 
 def by_seed(folder: Path, pattern: str) -> list[dict]:
-    """The contents of files that match, in the order of the seeds in their paths."""
+    """The contents of files that match, in the order of the seeds in their paths.
+
+    "seed" is that of the path, of training: an evaluation has one of its own.
+    """
     def seed(file):
         return int((re.findall(r"seed(\d+)", str(file.relative_to(folder))) or [0])[-1])
-    return [json.loads(file.read_text()) for file in sorted(folder.glob(pattern), key=seed)]
+    return [json.loads(file.read_text()) | {"seed": seed(file)}
+            for file in sorted(folder.glob(pattern), key=seed)]
 
 
 def seed_means(results: list[dict], name: str, key: str, number: int | None = None) -> np.ndarray:
